@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` need nothing but Python 3.11 (or 3.12); each makes .venv first if there is none.
+PYTHON ?= python3
+# On a machine without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" picks the smaller CPU build of torch.
+PIP_FLAGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test check unit lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+venv: $(STAMP)  ## the virtual environment .venv with everything pinned in constraints.txt
+
+# torch comes first and from the constraints: what follows must not choose another build of it.
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev,decoders,export]"
+	touch $@
+
+quickstart: $(STAMP)  ## the main job: demo videos -> curation -> VAE -> DiT -> samples -> evaluation -> export -> report
+	$(BIN)/videofm run configs/quickstart.yaml
+
+test: $(STAMP)  ## lint, types, import rules and every test (those that need a GPU are skipped without one)
+	$(BIN)/python tools/check.py --no-tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, types, import rules, unit tests; a minute or two
+	$(BIN)/python tools/check.py
+
+lint: $(STAMP)  ## ruff, with its safe repairs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## list the benchmarks
+	@$(BIN)/python tools/check.py --list-bench
+
+clean:  ## caches and build outputs; runs/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,178 @@
+"""The child process in which untrusted media are decoded: `python -m data_pipelines.child`.
+
+It imports what its stages need once, then forks for each source: a source costs a few milliseconds, and runs in a process of its
+own that has a limit on memory (RLIMIT_AS), on CPU time (RLIMIT_CPU) and on wall time, no standard streams, and dies with its parent.
+Lines of JSON go in and out:
+
+- first line in: `{"stages": [sections of the config], "scratch": folder, "memory_mib": n, "timeout": seconds a stage}`;
+- then, in: a row. Out: `{"stages": [one `StageResult` each], "rows": [...], "failure": null or {"kind", "stage", "detail"}}`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from data_pipelines.rows import Loss, Refusal, Row, Stage
+from data_pipelines.workspace import Workspace
+from videofm import registry
+from videofm.config.data import CurationStage
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve the sources that come on standard input, one after the other, until it ends."""
+    die_with_parent()
+    header = json.loads(sys.stdin.readline())
+    stages = build_stages(header["stages"])
+    for line in sys.stdin:
+        result = run_isolated(stages, Row.from_json(json.loads(line)), header)
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+
+
+def build_stages(sections: list[dict[str, Any]]) -> list[Stage]:
+    """The stages for sections of the config, as plain values."""
+    configs = [TypeAdapter[Any](CurationStage).validate_python(section) for section in sections]
+    return [registry.lookup(registry.CURATION_STAGES, config.kind, "curation stage")(config) for config in configs]
+
+
+def run_isolated(stages: list[Stage], row: Row, header: dict[str, Any]) -> dict[str, Any]:
+    """Fork, run the stages on a source there, and gather what the fork says until it ends, hangs or dies."""
+    receive, send = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(receive)
+        _run_fork(stages, row, header, send)
+    os.close(send)
+    try:
+        return _gather(pid, receive, header["timeout"])
+    finally:
+        os.close(receive)
+
+
+def _run_fork(stages: list[Stage], row: Row, header: dict[str, Any], send: int) -> None:
+    """The fork: never returns."""
+    code = 1
+    try:
+        die_with_parent()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        seconds = int(header["timeout"]) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds * len(stages), seconds * len(stages) + 1))
+        memory = _own_address_space() + header["memory_mib"] * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with os.fdopen(send, "w", encoding="utf-8") as out:
+            for event in run_stages(stages, row, Workspace(Path(row.path), Path(header["scratch"]))):
+                out.write(json.dumps(event) + "\n")
+                out.flush()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def run_stages(stages: list[Stage], row: Row, work: Workspace) -> Any:
+    """Run a source through the stages. Yields `{"begin": stage, "in": rows}` and a result for each, then `{"rows": [...]}`."""
+    rows = [row]
+    for stage in stages:
+        yield {"begin": stage.name, "in": len(rows)}
+        started, made, num_out, losses = time.process_time(), [], 0, []
+        work.notes.clear()
+        for item in rows:
+            try:
+                result = stage.process(item, work)
+                made += result
+                num_out += 1
+            except Exception as error:  # a stage must not take the other clips of the source with it
+                losses.append(asdict(_loss(stage.name, item, error)))
+        yield {
+            "stage": stage.name, "in": len(rows), "out": num_out, "made": len(made), "losses": losses, "notes": dict(work.notes),
+            "cpu_seconds": time.process_time() - started,
+        }  # fmt: skip
+        rows = made
+        if not rows:
+            break
+    yield {"rows": [item.to_json() for item in rows]}
+
+
+def _loss(stage: str, row: Row, error: Exception) -> Loss:
+    if isinstance(error, Refusal):
+        kind, reason, detail = error.kind, error.reason, error.detail
+    elif isinstance(error, MemoryError):
+        kind, reason, detail = "quarantined", "memory", "needs more than engine.task_memory_mib"
+    else:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace else ""
+        kind, reason, detail = "errors", type(error).__name__, f"{error}{where}"
+    span = (None, None) if row.stop is None else (row.start, row.stop)
+    return Loss(kind, stage, row.name, reason, detail[:500], *span)
+
+
+def _gather(pid: int, receive: int, timeout: float) -> dict[str, Any]:
+    """Read the fork's events. Each stage has `timeout` seconds of wall time."""
+    stages: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] | None = None
+    stage, num_rows, pending = None, 1, b""
+    deadline, hung = time.monotonic() + timeout, False
+    while not hung:
+        ready, _, _ = select.select([receive], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            hung = True
+            os.kill(pid, signal.SIGKILL)
+            break
+        content = os.read(receive, 1 << 16)
+        if not content:
+            break
+        *lines, pending = (pending + content).split(b"\n")
+        for event in map(json.loads, lines):
+            if "begin" in event:
+                stage, num_rows, deadline = event["begin"], event["in"], time.monotonic() + timeout
+            elif "stage" in event:
+                stages.append(event)
+            else:
+                rows = event["rows"]
+    _, status = os.waitpid(pid, 0)
+    failure = None
+    if hung:
+        failure = {"kind": "timeout", "detail": f"no answer within {timeout:g} s"}
+    elif rows is None:
+        failure = {"kind": "crash", "detail": _how_it_died(status)}
+    if failure is not None:
+        failure |= {"stage": stage, "num_rows": num_rows}
+    return {"stages": stages, "rows": rows or [], "failure": failure}
+
+
+def _how_it_died(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"the process was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"the process ended early with exit code {os.WEXITSTATUS(status)}"
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, so that no decoder is left behind."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _own_address_space() -> int:
+    """Bytes of address space that this process has mapped."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()

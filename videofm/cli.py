@@ -1,0 +1,383 @@
+"""The command line: one thin function a verb. What a verb needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from videofm import __version__
+from videofm.errors import ConfigError, Interrupted, VideofmError
+
+if TYPE_CHECKING:
+    from videofm.config.recipe import RecipeConfig
+
+EXIT_CODES = """exit codes:
+  0   what was asked for is done
+  1   the work failed (data, checkpoint, or a fault of ours)
+  2   the request was wrong (a key, a value, a path, a combination)
+  75  interrupted with everything saved; the same command resumes"""
+
+OVERRIDES = """overrides:
+  key.path=value changes one value; values are YAML: 3, 2e-4, true, null, '[a, b]', '{name: vae/ltx}'.
+  A number steps into a list (stages.2.threshold=30). Later ones win. Relative paths, in files too, start at the
+  current directory; only `extends: base.yaml` starts at the file that says it."""
+
+STOPPING = """stopping:
+  Ctrl-C or SIGTERM (or touching RUN/control/stop) saves and stops at the next safe point, a second one stops at once."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: one line for the overview, its own help, how its arguments are declared, what it does."""
+
+    summary: str
+    about: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    action: Callable[[argparse.Namespace], int]
+    schema: str | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints the fields of a config below the help, read from the schema only when help is asked for."""
+
+    schema: str | None = None
+
+    def format_help(self) -> str:
+        """The help, with the fields."""
+        text = super().format_help()
+        if self.schema is None:
+            return text
+        from videofm.config.describe import describe, schema_of
+
+        fields = "\n".join(f"  {line}" for line in describe(schema_of(self.schema)).splitlines())
+        return f"{text}\nfields of a {self.schema} config:\n{fields}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code; a user's mistake becomes one message, never a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _dispatch(arguments)
+    except VideofmError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"videofm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("videofm: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader (`| head`) went away; point stdout elsewhere so that Python's exit does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        with tempfile.NamedTemporaryFile("w", prefix="videofm-traceback-", suffix=".txt", delete=False) as file:
+            file.write(traceback.format_exc())
+        print(f"videofm: {type(error).__name__}: {error} (traceback in {file.name}; --debug shows it)", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"videofm {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        hint = f", did you mean `videofm {close[0]}`?" if close else "."
+        raise ConfigError(f"no verb is called {name!r}{hint} Verbs: {', '.join(VERBS)}. `videofm --help` explains them.")
+    verb = VERBS[name]
+    parser = _Parser(
+        prog=f"videofm {name}", description=verb.about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.schema = verb.schema
+    verb.arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parsed = parser.parse_intermixed_args(arguments[1:])
+    parsed.verb = name
+    return verb.action(parsed)
+
+
+def overview() -> str:
+    """What `videofm --help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name.ljust(width)}  {verb.summary}" for name, verb in VERBS.items())
+    return f"""videofm {__version__}: from raw video files to a video model that inference software loads.
+
+usage: videofm VERB ... [key.path=value ...]
+
+verbs:
+{verbs}
+
+start here:
+  videofm doctor                                       what works on this machine
+  videofm run configs/quickstart.yaml                  the whole chain on a demo set: data, training, samples, export
+  videofm run configs/real_clips.yaml source=FOLDER    the same on your own videos
+  videofm VERB --help                                  purpose, examples and every field of the config
+
+{OVERRIDES}
+
+{STOPPING}
+
+{EXIT_CODES}"""
+
+
+# -- the verbs
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from videofm import recipe as recipes
+
+    recipe = _load_recipe(arguments)
+    if arguments.list:
+        print(recipes.plan(recipe, arguments.force).table())
+    elif arguments.dry_run:
+        print(recipes.dry_run(recipe, arguments.force))
+    else:
+        recipes.run_recipe(recipe, arguments.until, arguments.force)
+        print(f"{recipe.name}: done. Run directory: {recipe.run}")
+        for name in ("report.html", "export"):
+            if (Path(recipe.run) / name).exists():
+                print(f"  {Path(recipe.run) / name}")
+    return 0
+
+
+def _stage(arguments: argparse.Namespace) -> int:
+    from videofm.recipe import check_stage
+    from videofm.run_dir import RunDirectory, fingerprint
+    from videofm.stages.execute import execute
+
+    inputs: dict[str, str] = {}
+    if arguments.stage is not None:
+        config, path, inputs = _stage_of_recipe(arguments)
+    else:
+        config, path = _stage_config(arguments)
+    if arguments.run_dir is not None:
+        path = Path(arguments.run_dir)
+    if arguments.dry_run:
+        print(f"{check_stage(config)}\nrun directory: {path}; nothing was run")
+        return 0
+    run = RunDirectory(path)
+    if arguments.verb in ("train", "curate") and run.fingerprint == fingerprint(config, inputs) and run.finished:
+        print(f"{path} is finished with this config already; nothing to do. For another run give --run-dir.")
+        return 0
+    results = execute(config, path, inputs)
+    print(json.dumps({"run": str(path), "results": results}, indent=2, sort_keys=True, default=str))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from videofm import doctor
+
+    checks = doctor.examine(folder=Path(arguments.folder))
+    print(doctor.as_json(checks) if arguments.json else doctor.as_text(checks))
+    return doctor.exit_code(checks)
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from videofm.config.describe import describe, json_schema, schema_of
+
+    text = arguments.text
+    print(describe(schema_of(arguments.name)) if text else json.dumps(json_schema(arguments.name), indent=2))
+    return 0
+
+
+# -- from arguments to configs
+
+
+def _load_recipe(arguments: argparse.Namespace) -> RecipeConfig:
+    """The recipe of `CONFIG`; `--run-dir` is its `run`, and for `videofm run` the default is `runs/FILE`."""
+    from videofm.config.load import load
+    from videofm.config.recipe import RecipeConfig
+
+    path, overrides = Path(arguments.config), list(arguments.overrides)
+    if arguments.run_dir is not None and arguments.verb == "run":
+        overrides.append(f"run={json.dumps(arguments.run_dir)}")
+    return load(path, overrides, RecipeConfig, {"run": f"runs/{path.stem}", "name": path.stem})
+
+
+def _stage_of_recipe(arguments: argparse.Namespace) -> tuple[Any, Path, dict[str, str]]:
+    """The stage that `--stage` names in a recipe, in the recipe's own run directory."""
+    from videofm.recipe import plan
+
+    stage = plan(_load_recipe(arguments)).stage(arguments.stage)
+    if stage.config.kind != arguments.verb:
+        raise ConfigError(f"stage {stage.name!r} is of kind {stage.config.kind!r}: `videofm {stage.config.kind}` runs it")
+    return stage.config, stage.path, stage.inputs
+
+
+def _stage_config(arguments: argparse.Namespace) -> tuple[Any, Path]:
+    """The config of a stage from a YAML file or from a run directory, and the default run directory."""
+    from videofm.config.describe import schema_of
+    from videofm.config.load import load
+    from videofm.config.source import read_file
+
+    verb, path = arguments.verb, Path(arguments.config)
+    defaults: dict[str, Any] = {"kind": verb}
+    if path.is_dir():
+        if verb not in ("sample", "export", "report"):
+            raise ConfigError(f"{path} is a folder; `videofm {verb}` takes a YAML file")
+        defaults |= {"run": str(path)} | _defaults_from(path, verb)
+        return load(None, arguments.overrides, schema_of(verb), defaults), Path("runs") / f"{path.resolve().name}-{verb}"
+    values = read_file(path).values
+    if isinstance(values.get("stages"), dict):
+        names = [name for name, stage in values["stages"].items() if isinstance(stage, dict) and stage.get("kind") == verb]
+        raise ConfigError(
+            f"{path} is a recipe: `videofm run {path}` runs it, `videofm {verb} {path} --stage NAME` runs one stage; "
+            f"stages of kind {verb}: {', '.join(names) or 'none'}"
+        )
+    return load(path, arguments.overrides, schema_of(verb), defaults), Path("runs") / path.stem
+
+
+def _defaults_from(path: Path, verb: str) -> dict[str, Any]:
+    """What a run directory tells about the fields of `verb`: the size of its clips, where to export."""
+    from videofm.run_dir import RunDirectory
+
+    if verb == "export":
+        return {"output": str(path / "export")}
+    run = RunDirectory(path)
+    if verb != "sample" or run.fingerprint is None or "data" not in run.config:
+        return {}
+    data = run.config["data"]
+    found = {key: data[key] for key in ("num_frames", "height", "width")}
+    curated = RunDirectory(data["manifest"])
+    for folder in (curated, RunDirectory(curated.path.parent)):
+        if folder.fingerprint is not None:
+            rates = [stage["fps"] for stage in folder.config.get("stages", []) if "fps" in stage]
+            return found | {"fps": float(rates[-1])} if rates else found
+    return found
+
+
+# -- declarations
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    parser.add_argument("--run-dir", metavar="DIR", help="run directory of the recipe, the same as run=DIR")
+    parser.add_argument("--list", action="store_true", help="show the stages and their states, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check and build everything, run nothing")
+    parser.add_argument("--until", metavar="NAME", help="stop after this stage")
+    parser.add_argument("--force", metavar="NAME", help="run this stage again, and what depends on it")
+
+
+def _stage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file (for sample, export and report also a run directory)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    parser.add_argument("--run-dir", metavar="DIR", help="run directory; default runs/CONFIG (without .yaml)")
+    parser.add_argument("--stage", metavar="NAME", help="CONFIG is a recipe: run this stage of it, in the recipe's directory")
+    parser.add_argument("--dry-run", action="store_true", help="check and build everything, run nothing")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
+    parser.add_argument("--folder", default=".", metavar="DIR", help="where runs will be written; its free space is told")
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", default="recipe", help="recipe (default), or a kind of stage: train, curate, ...")
+    parser.add_argument("--text", action="store_true", help="print the fields for people")
+
+
+def _about(purpose: str, examples: str, *more: str) -> str:
+    return "\n\n".join([purpose, "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()), *more, EXIT_CODES])
+
+
+def _stage_verb(name: str, summary: str, purpose: str, examples: str) -> Verb:
+    return Verb(summary, _about(purpose, examples, OVERRIDES, STOPPING), _stage_arguments, _stage, name)
+
+
+VERBS = {
+    "run": Verb(
+        "run a recipe, a chain of stages; what is done is skipped",
+        _about(
+            "Walk a recipe: each stage has its own run directory in RUN/stages/NAME. A finished stage is skipped, an interrupted\n"
+            "one resumes, a changed one runs again together with what depends on it (the old directory moves to RUN/stale/).",
+            "videofm run configs/quickstart.yaml\n"
+            "videofm run configs/real_clips.yaml source=../videos stages.dit.trainer.max_steps=2000\n"
+            "videofm run configs/quickstart.yaml --list            # what is done, what would run, and why\n"
+            "videofm run configs/quickstart.yaml --until vae       # stop after a stage\n"
+            "videofm run configs/quickstart.yaml --force sample    # once more, and what depends on it",
+            "in a recipe:\n  ${run} is its run directory, ${source} its source, ${stage.NAME} the run directory of an earlier stage.",
+            OVERRIDES,
+            STOPPING,
+        ),
+        _run_arguments,
+        _run,
+        "recipe",
+    ),
+    "curate": _stage_verb(
+        "curate",
+        "raw videos to training shards",
+        "Probe, split into shots, filter, deduplicate, caption, transcode and pack a folder of raw videos into webdataset shards.\n"
+        "A funnel says what was kept and why the rest was not; a broken file is quarantined with its reason, it never stops the job.",
+        "videofm curate configs/data/clips.yaml source=/data/videos --run-dir runs/clips",
+    ),
+    "train": _stage_verb(
+        "train",
+        "train a model on shards",
+        "Train one objective (autoencoder, flow matching) through DeepSpeed, in one process or several; resumes where it stopped.",
+        "videofm train configs/debug/vae.yaml --dry-run\n"
+        "videofm train configs/debug/vae.yaml trainer.max_steps=500 parallel.data_degree=2\n"
+        "videofm train configs/quickstart.yaml --stage dit",
+    ),
+    "sample": _stage_verb(
+        "sample",
+        "videos from prompts",
+        "Generate videos from captions with a trained run, a checkpoint or an exported folder: MP4 files and a contact sheet.",
+        "videofm sample runs/quickstart/stages/dit 'prompts=[a red circle moving left]' fps=25\n"
+        "videofm sample configs/debug/sample.yaml guidance_scale=5 seed=1",
+    ),
+    "evaluate": _stage_verb(
+        "evaluate",
+        "measure models and generated videos",
+        "Reconstruction PSNR and SSIM, held-out flow loss, caption following; writes evaluation.json into its run directory.",
+        "videofm evaluate configs/debug/evaluate.yaml\nvideofm evaluate configs/quickstart.yaml --stage evaluate",
+    ),
+    "export": _stage_verb(
+        "export",
+        "a folder that diffusers loads",
+        "Write a diffusers folder (safetensors) from a trained DiT and its VAE; an older export is replaced once the new is complete.",
+        "videofm export runs/quickstart/stages/dit output=ltx-tiny\nvideofm export runs/dit/checkpoints/step_00000200 output=out",
+    ),
+    "report": _stage_verb(
+        "report",
+        "one HTML page about a run",
+        "Curves, funnel, contact sheets, evaluation, throughput, config and lineage on one self-contained page.",
+        "videofm report runs/quickstart\nvideofm report runs/quickstart/stages/vae output=vae.html",
+    ),
+    "doctor": Verb(
+        "what this machine can do, and what is missing",
+        _about(
+            "Run each decoder, attention backend and communication library once on something tiny and tell what works. For each\n"
+            "missing optional part: what it would give and how to install it. Exit code 1 when a required part does not work.",
+            "videofm doctor\nvideofm doctor --json > doctor.json",
+        ),
+        _doctor_arguments,
+        _doctor,
+    ),
+    "schema": Verb(
+        "the schema of the YAML files, for editors",
+        _about(
+            "Print the JSON schema of a recipe or of a stage: editors use it for completion and checks.",
+            "videofm schema > recipe.schema.json\nvideofm schema train --text",
+        ),
+        _schema_arguments,
+        _schema,
+    ),
+}

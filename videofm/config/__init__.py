@@ -1,0 +1,19 @@
+"""The typed configuration: what a YAML may say, and `load(path, overrides)` that reads it. Imports no torch."""
+
+from videofm.config.data import CurateConfig, DataConfig, DemoDataConfig, EngineConfig
+from videofm.config.recipe import EvaluateConfig, ExportConfig, RecipeConfig, ReportConfig, SampleConfig, StageConfig
+from videofm.config.train import TrainConfig
+
+__all__ = [
+    "CurateConfig",
+    "DataConfig",
+    "DemoDataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "RecipeConfig",
+    "ReportConfig",
+    "SampleConfig",
+    "StageConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,1 @@
+"""Shards, decoders, and the order in which training reads them."""

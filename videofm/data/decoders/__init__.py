@@ -1,0 +1,1 @@
+"""One file a video decoder library; `videofm.data.decode` chooses among them."""

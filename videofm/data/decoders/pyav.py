@@ -1,0 +1,131 @@
+"""Decoding by PyAV, which brings its own FFmpeg. Seeks by a table of presentation times and applies rotation itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from videofm.data.decode import VideoInfo, check_indices, describe
+from videofm.errors import DataError
+
+OPTIONS = {"protocol_whitelist": "file"}
+"""A playlist that calls itself a video opens no network connection."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Presentation times of all frames in order, and of the key frames, in units of the stream's time base."""
+
+    pts: list[int]
+    keys: list[int]
+
+
+class PyAVDecoder:
+    """See `videofm.data.decode.Decoder`."""
+
+    name = "pyav"
+
+    def unavailable(self) -> str | None:
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            return f"the package av does not import ({error}); install it with `pip install av`"
+        return None
+
+    def probe(self, source: bytes | Path) -> VideoInfo:
+        with _open(source) as (container, stream):
+            table = _table(container, stream)
+            rotation = _first_rotation(container, stream)
+            sides = (stream.height, stream.width) if rotation % 180 == 0 else (stream.width, stream.height)
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            span = float((table.pts[-1] - table.pts[0]) * stream.time_base)
+            return VideoInfo(len(table.pts), fps, *sides, duration=span + (1 / fps if fps else 0.0))
+
+    def read(self, source: bytes | Path, indices: Sequence[int]) -> np.ndarray[Any, Any]:
+        with _open(source) as (container, stream):
+            table = _table(container, stream)
+            wanted = check_indices(indices, len(table.pts))
+            frames: dict[int, np.ndarray[Any, Any]] = {}
+            for index, frame in _decode(container, stream, table, sorted(set(wanted))):
+                frames[index] = to_rgb(frame)
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise DataError(f"{describe(source)}: the size of the frames changes within the video")
+        return np.stack([frames[index] for index in wanted])
+
+
+def to_rgb(frame: Any) -> np.ndarray[Any, Any]:
+    """A PyAV frame as RGB uint8 `(H, W, 3)`, turned as its metadata says. `rotation` counts degrees counter-clockwise."""
+    image: np.ndarray[Any, Any] = frame.to_ndarray(format="rgb24")
+    quarter_turns, rest = divmod(frame.rotation, 90)
+    if rest:
+        raise DataError(f"the video is rotated by {frame.rotation} degrees; only multiples of 90 can be applied")
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns % 4 else image
+
+
+@contextmanager
+def _open(source: bytes | Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream, on one thread; errors of the library become DataError."""
+    import av
+
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        with av.open(file, options={} if isinstance(source, bytes) else OPTIONS) as container:
+            if not container.streams.video:
+                raise DataError(f"{describe(source)} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            yield container, stream
+    except (av.FFmpegError, OSError, EOFError) as error:
+        raise DataError(f"PyAV cannot decode {describe(source)}: {error}") from None
+
+
+def _table(container: Any, stream: Any) -> _Table:
+    """Presentation times by demuxing alone. Frames that an edit list hides are left out."""
+    import av
+
+    packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+    if not packets or any(pts is None for pts, _ in packets):
+        raise DataError("the video has no frames" if not packets else "frames without a presentation time")
+    try:
+        container.seek(min(pts for pts, _ in packets), stream=stream)
+    except av.FFmpegError:
+        container.seek(0)
+    return _Table(sorted(pts for pts, _ in packets), sorted(pts for pts, is_key in packets if is_key))
+
+
+def _first_rotation(container: Any, stream: Any) -> int:
+    for frame in container.decode(stream):
+        return int(frame.rotation)
+    raise DataError("the video has no frame that decodes")
+
+
+def _decode(container: Any, stream: Any, table: _Table, wanted: list[int]) -> Iterator[tuple[int, Any]]:
+    """The frames `wanted` (ascending): forward from where the reader stands, or from a later key frame where there is one."""
+    position: int | None = None  # presentation time of the frame that came last
+    frames = container.decode(stream)
+    for index in wanted:
+        target = table.pts[index]
+        key = max((pts for pts in table.keys if pts <= target), default=None)
+        if key is not None and (key > position if position is not None else key > table.pts[0]):
+            container.seek(key, stream=stream)
+            frames = container.decode(stream)
+        for frame in frames:
+            if frame.pts is None or frame.pts < target:
+                continue
+            position = frame.pts
+            if frame.pts > target:
+                raise DataError(f"frame {index} (pts {target}) is missing: the decoder went on to pts {frame.pts}")
+            yield index, frame
+            break
+        else:
+            raise DataError(f"frame {index} (pts {target}) is missing: the video ended before it")
+
+
+DECODER = PyAVDecoder()

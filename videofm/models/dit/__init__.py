@@ -1,0 +1,1 @@
+"""Diffusion transformers, one folder each."""

@@ -1,0 +1,169 @@
+"""The diffusion transformer of LTX-Video (arXiv 2501.00103, section 2.2; spec C), for one device.
+
+Tokens are latent cells. A block is self-attention with rotary positions, attention to the text, and a feed-forward; the
+noise level scales, shifts and gates the first and the last. The order of tokens carries nothing: permute tokens and
+coordinates together and the output is permuted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, silu
+
+from videofm.attention import AttentionSpec, choose
+from videofm.errors import DataError
+from videofm.models.dit.ltx.config import LTXDiTConfig
+from videofm.ops.embedding import ScalarEmbedding
+from videofm.ops.norm import RMSNorm, rms_norm
+from videofm.ops.rope import RotaryTable, rotary_table, rotate
+from videofm.types import Conditioning
+
+if TYPE_CHECKING:
+    from videofm.types import AttentionFn
+
+SIGMA_SCALE = 1000.0
+QK_NORM_EPS = 1e-5
+OUT_NORM_EPS = 1e-6
+FEED_FORWARD_RATIO = 4
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the noise level does to a sub-layer: `gate * f(norm(x) * (1 + scale) + shift)`. Each is `(B, 1 or L, D)`."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries and keys are normalised over all heads together, and rotated before the split."""
+
+    def __init__(self, config: LTXDiTConfig, attend: AttentionFn) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.q_norm, self.k_norm = (RMSNorm(width, eps=QK_NORM_EPS) for _ in range(2))
+        self.attend = attend
+
+    def forward(self, x: Tensor, context: Tensor, table: RotaryTable | None = None, mask: Tensor | None = None) -> Tensor:
+        """`x` `(B, L, D)` attends to `context` `(B, S, D)` -> `(B, L, D)`; `mask` broadcasts to `(B, N, L, S)`."""
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(context)), self.v(context)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        q, k, v = (rearrange(y, "b l (n k) -> b l n k", n=self.num_heads) for y in (q, k, v))
+        return self.out(rearrange(self.attend(q, k, v, mask), "b l n k -> b l (n k)"))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), Linear; also what projects captions."""
+
+    def __init__(self, in_width: int, hidden_width: int, out_width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_width, hidden_width)
+        self.linear2 = nn.Linear(hidden_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in_width)` -> `(..., out_width)`."""
+        return self.linear2(gelu(self.linear1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the text, feed-forward."""
+
+    def __init__(self, config: LTXDiTConfig, attend: AttentionFn, attend_text: AttentionFn) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.scale_shift_table = nn.Parameter(torch.randn(6, config.width) / config.width**0.5)
+        self.self_attention = Attention(config, attend)
+        self.cross_attention = Attention(config, attend_text)
+        self.feed_forward = FeedForward(config.width, FEED_FORWARD_RATIO * config.width, config.width)
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor, table: RotaryTable) -> Tensor:
+        """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`."""
+        attention, mlp = self._modulations(time)
+        h = rms_norm(x, self.norm_eps) * (1 + attention.scale) + attention.shift
+        x = x + attention.gate * self.self_attention(h, h, table)
+        x = x + self.cross_attention(x, text, mask=text_mask)
+        h = rms_norm(x, self.norm_eps) * (1 + mlp.scale) + mlp.shift
+        return x + mlp.gate * self.feed_forward(h)
+
+    def _modulations(self, time: Tensor) -> tuple[Modulation, Modulation]:
+        rows = self.scale_shift_table + rearrange(time, "b l (six d) -> b l six d", six=6)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind(dim=2)
+        return Modulation(shift, scale, gate), Modulation(mlp_shift, mlp_scale, mlp_gate)
+
+
+class LTXVideoDiT(nn.Module):
+    """Noisy latent tokens, their noise level and a text -> the velocity of each token."""
+
+    spec_name = "dit/ltx"
+
+    def __init__(self, config: LTXDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.width, (config.num_heads, config.head_width)
+        attend, attend_text = choose("sdpa", AttentionSpec(*heads)), choose("sdpa", AttentionSpec(*heads, has_mask=True))
+        self.proj_in = nn.Linear(config.in_channels, width)
+        self.time_embed = ScalarEmbedding(width)
+        self.time_modulation = nn.Linear(width, 6 * width)
+        self.caption_projection = FeedForward(config.caption_channels, width, width)
+        self.blocks = nn.ModuleList(Block(config, attend, attend_text) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.proj_out = nn.Linear(width, config.in_channels)
+
+    def forward(self, latent_tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> Tensor:
+        """The velocity `noise - clean` of each token.
+
+        Args:
+            latent_tokens: `(B, L, C)` noisy latents, normalised.
+            sigma: noise level in [0, 1], `(B,)` or one a token `(B, L)`.
+            conditioning: text embeddings `(B, S, caption_channels)` and their mask `(B, S)`.
+            coordinates: `(B, 3, L)` seconds, pixels down, pixels right (`ops.rope.video_coordinates`).
+
+        Returns:
+            `(B, L, C)`.
+
+        Raises:
+            DataError: shapes that do not belong together, or a text with no real token.
+        """
+        self._check(latent_tokens, sigma, conditioning, coordinates)
+        table = rotary_table(coordinates, self.config.width, self.config.theta)
+        time = self.time_embed(sigma.reshape(sigma.shape[0], -1) * SIGMA_SCALE)  # (B, 1 or L, D)
+        block_time = self.time_modulation(silu(time))
+        text = self.caption_projection(conditioning.embeddings)
+        text_mask = rearrange(conditioning.mask.bool(), "b s -> b 1 1 s")
+
+        x = self.proj_in(latent_tokens)
+        for block in self.blocks:
+            x = block(x, block_time, text, text_mask, table)
+        shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
+        x = layer_norm(x, x.shape[-1:], eps=OUT_NORM_EPS) * (1 + scale) + shift
+        return self.proj_out(x)
+
+    def _check(self, tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> None:
+        batch, length, channels = tokens.shape
+        text_shape = (batch, conditioning.mask.shape[-1], self.config.caption_channels)
+        wrong = {
+            "latent_tokens": (tuple(tokens.shape), channels == self.config.in_channels, f"(B, L, {self.config.in_channels})"),
+            "sigma": (
+                tuple(sigma.shape),
+                tuple(sigma.shape) in ((batch,), (batch, length)),
+                f"({batch},) or ({batch}, {length})",
+            ),
+            "coordinates": (
+                tuple(coordinates.shape),
+                tuple(coordinates.shape) == (batch, 3, length),
+                f"({batch}, 3, {length})",
+            ),
+            "embeddings": (tuple(conditioning.embeddings.shape), conditioning.embeddings.shape == text_shape, f"{text_shape}"),
+        }
+        for name, (shape, fits, expected) in wrong.items():
+            if not fits:
+                raise DataError(f"{name} has shape {shape}; dit/ltx expects {expected}.")

@@ -1,0 +1,76 @@
+"""Names to code. Thin tables of `name -> "module:attribute"`, imported on use; a wrong name lists the right ones."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from videofm.errors import ConfigError
+
+MODELS = {
+    "vae/ltx": "videofm.models.vae.ltx:SPEC",
+    "dit/ltx": "videofm.models.dit.ltx:SPEC",
+    "text/t5": "videofm.models.text.t5:SPEC",
+}
+
+OBJECTIVES = {
+    "autoencoder": "videofm.objectives.autoencoder:AutoencoderObjective",
+    "flow_matching": "videofm.objectives.flow_matching:FlowMatchingObjective",
+}
+
+ATTENTION_BACKENDS = {
+    "math": "videofm.attention.backends.math:BACKEND",
+    "sdpa": "videofm.attention.backends.sdpa:BACKEND",
+    "flash_attn": "videofm.attention.backends.flash_attn:BACKEND",
+    "xformers": "videofm.attention.backends.xformers:BACKEND",
+}
+
+DECODERS = {
+    "torchcodec": "videofm.data.decoders.torchcodec:DECODER",
+    "pyav": "videofm.data.decoders.pyav:DECODER",
+    "decord": "videofm.data.decoders.decord:DECODER",
+}
+
+CURATION_STAGES = {
+    "probe": "data_pipelines.stages.probe:ProbeStage",
+    "dedup": "data_pipelines.stages.dedup:DedupStage",
+    "split": "data_pipelines.stages.split:SplitStage",
+    "filter": "data_pipelines.stages.filter:FilterStage",
+    "caption": "data_pipelines.stages.caption:CaptionStage",
+    "transcode": "data_pipelines.stages.transcode:TranscodeStage",
+}
+
+STAGES = {
+    "demo_data": "data_pipelines.demo:run",
+    "curate": "data_pipelines.curate:run",
+    "train": "videofm.stages.train:run",
+    "sample": "videofm.stages.sample:run",
+    "evaluate": "videofm.stages.evaluate:run",
+    "export": "videofm.stages.export:run",
+    "report": "videofm.stages.report:run",
+}
+
+
+def resolve(target: str) -> Any:
+    """The object behind `"module:attribute"`; imports the module."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def lookup(table: dict[str, str], name: str, what: str) -> Any:
+    """The object registered as `name` in `table`.
+
+    Raises:
+        ConfigError: there is no such name; the message offers the nearest one and lists all.
+    """
+    if name not in table:
+        raise ConfigError(f"no {what} is called {name!r}{nearest(name, table)}. There are: {', '.join(sorted(table))}.")
+    return resolve(table[name])
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` for the closest of `words`, or an empty string."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""The kinds of stages: each module has `run(config, run) -> results`."""

@@ -1,0 +1,1 @@
+"""Training: a config becomes models, objective, engine and loader (`build`), and a loop that knows none of them by name."""

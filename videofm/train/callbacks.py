@@ -1,0 +1,125 @@
+"""What happens around steps: metrics.jsonl and the console, Weights & Biases, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from videofm.data.plan import PlanState
+from videofm.progress import LOG, progress
+from videofm.run_dir import RunDirectory, write_atomic
+from videofm.train import state
+from videofm.train.build import Job
+from videofm.train.optim import averaged_weights
+from videofm.types import Batch
+
+
+class Metrics:
+    """metrics.jsonl, a row each step, and the console: a progress bar on a terminal, a line each `log_every` steps elsewhere."""
+
+    def __init__(self, run: RunDirectory, step: int, max_steps: int, log_every: int, attempt: int) -> None:
+        self.log_every, self.attempt = log_every, attempt
+        _set_aside_rows_after(run, step, attempt)
+        self._file = run.metrics_path.open("a", encoding="utf-8")
+        self._stack = ExitStack()
+        self._progress = self._stack.enter_context(progress("step", max_steps))
+        self._progress.start_at(step)
+
+    def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
+        """Write the row; flush it with the next line of the console, so that a kill loses little."""
+        self._file.write(json.dumps({"step": position.step, "attempt": self.attempt, **metrics}) + "\n")
+        self._progress.advance(1, f"loss {metrics['loss']:.4f}")
+        if position.step % self.log_every == 0:
+            self._file.flush()
+
+    def after_training(self, job: Job, position: PlanState) -> None:
+        """Close the file and the bar."""
+        LOG.info("%s", self._progress.line())
+        self._stack.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class Wandb:
+    """A copy of the metrics to Weights & Biases, on the main rank. It never asks for a key: `offline` writes files."""
+
+    def __init__(self, job: Job) -> None:
+        # wandb wraps an optional service; it is imported only where it is switched on.
+        import wandb
+
+        config = job.config
+        self._run = wandb.init(
+            project=config.wandb.project,
+            name=job.run.path.name,
+            dir=str(job.run.path),
+            mode=config.wandb.mode,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True),
+        )
+        self._failed = 0
+
+    def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
+        """Log the row. A failure of the service is counted and never stops training."""
+        try:
+            self._run.log(metrics, step=position.step)
+        except Exception as error:
+            self._failed += 1
+            if self._failed == 1:
+                LOG.warning("wandb could not log step %d: %s; metrics.jsonl has every row", position.step, error)
+
+    def after_training(self, job: Job, position: PlanState) -> None:
+        """Finish the copy and say how many rows it lacks."""
+        if self._failed:
+            LOG.warning("wandb missed %d rows; metrics.jsonl has them", self._failed)
+        self._run.finish()
+
+
+class Checkpoints:
+    """A checkpoint each `checkpoint_every` steps, and one where training stops."""
+
+    def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
+        """Save where the count says so."""
+        if position.step % job.config.trainer.checkpoint_every == 0 and position.step < job.config.trainer.max_steps:
+            state.save(job, position)
+
+    def after_training(self, job: Job, position: PlanState) -> None:
+        """Save the last state."""
+        state.save(job, position)
+
+
+def _set_aside_rows_after(run: RunDirectory, step: int, attempt: int) -> None:
+    """Steps after the restored one are done again: their old rows move to the attempt's folder."""
+    rows = run.metrics()
+    kept: list[dict[str, Any]] = [row for row in rows if row["step"] <= step]
+    if len(kept) == len(rows) and (not run.metrics_path.exists() or run.metrics_path.read_bytes()[-1:] in (b"", b"\n")):
+        return
+    aside = run.path / "attempts" / f"{attempt:04d}" / "superseded_metrics.jsonl"
+    write_atomic(aside, "".join(json.dumps(row) + "\n" for row in rows if row["step"] > step))
+    write_atomic(run.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+class AfterTraining:
+    """What an objective does once the last step is done, such as measuring latent statistics; before the last checkpoint.
+
+    It sees the moving average where there is one, because that is what others load; buffers that it sets belong to both.
+    """
+
+    def __init__(self, finish: Callable[[Mapping[str, nn.Module], Iterable[Batch]], None]) -> None:
+        self._finish = finish
+
+    def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
+        """Nothing happens between steps."""
+
+    def after_training(self, job: Job, position: PlanState) -> None:
+        """Run it, unless training stopped early. Every rank does the same work on the same clips."""
+        if position.step < job.config.trainer.max_steps:
+            return
+        with averaged_weights(job.averages.values()), torch.no_grad():
+            self._finish(job.models, (batch.to(job.mesh.device) for batch in job.loader.first_clips()))

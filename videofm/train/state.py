@@ -1,0 +1,111 @@
+"""What a checkpoint of a training run holds, gathered from a job and given back to one.
+
+```
+models/ROLE.{json,safetensors}   ema/ROLE   optimizer/PHASE   state.json (step, position in the data, what order it belongs to)
+```
+Tensors are whole and named by parameter, so that a checkpoint says nothing of ranks or ZeRO stages. Frozen roles do not
+change: they are written once, to `frozen/ROLE` of the run directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from videofm import models
+from videofm.checkpoint.save import CheckpointFiles, newest, prune, read_tensors, write_checkpoint
+from videofm.data.plan import PlanState
+from videofm.errors import CheckpointError
+from videofm.progress import LOG
+from videofm.run_dir import RunDirectory, read_json
+from videofm.train.build import Job
+from videofm.train.optim import gather_shard, local_shard
+
+
+def checkpoint_folder(run: RunDirectory) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run.path / "checkpoints"
+
+
+def save(job: Job, position: PlanState) -> None:
+    """Write and commit the checkpoint of the position. All ranks call it; one writes."""
+    files = _gather(job, position)
+    if job.mesh.is_main:
+        checkpoints = checkpoint_folder(job.run)
+        folder = write_checkpoint(checkpoints, position.step, files)
+        prune(checkpoints, job.config.trainer.keep_checkpoints)
+        LOG.info("checkpoint %s", folder.name)
+    job.mesh.barrier()
+
+
+def save_frozen(job: Job) -> None:
+    """Write the frozen roles once, so that a run directory is all that sampling and export need."""
+    for role, model in job.models.items():
+        folder = job.run.path / "frozen" / role
+        if role not in job.trained_roles and job.mesh.is_main and not (folder / "model.json").exists():
+            models.save(model, folder)
+    job.mesh.barrier()
+
+
+def load_weights(folder: Path, built: Mapping[str, nn.Module], trained: tuple[str, ...]) -> None:
+    """Put the checkpoint's weights into freshly built models; before the engines are made, which copy them."""
+    for role in trained:
+        state = read_tensors(folder, f"models/{role}/model")
+        result = built[role].load_state_dict(state, strict=False)
+        if result.missing_keys or result.unexpected_keys:
+            raise CheckpointError(
+                f"{folder} does not fit role {role!r}: missing {result.missing_keys[:5]}, unexpected {result.unexpected_keys[:5]}"
+            )
+
+
+def load_state(job: Job, folder: Path) -> PlanState:
+    """Put optimizer state and moving averages back, and say where in the data the run stood."""
+    state = read_json(folder / "state.json")
+    job.loader.plan.check(state["data"])
+    position = PlanState.from_json(state["position"])
+    for phase, engine in job.engines.items():
+        engine.load_optimizer_state(read_tensors(folder, f"optimizer/{phase}"), position.step)
+    for role, average in job.averages.items():
+        average.load(read_tensors(folder, f"ema/{role}/model"), job.mesh.gradient_group)
+    return position
+
+
+def resume_folder(run: RunDirectory) -> Path | None:
+    """The checkpoint to go on from, or None for a new run."""
+    return newest(checkpoint_folder(run))
+
+
+def _gather(job: Job, position: PlanState) -> CheckpointFiles:
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    values: dict[str, Any] = {
+        "state": {"step": position.step, "position": position.to_json(), "data": job.loader.plan.identity}
+    }
+    for role in job.trained_roles:
+        values[f"models/{role}/model"] = models.describe(job.models[role])
+        tensors[f"models/{role}/model"] = whole_weights(job, role)
+    for role, average in job.averages.items():
+        values[f"ema/{role}/model"] = models.describe(job.models[role])
+        buffers = {name: buffer.detach() for name, buffer in job.models[role].named_buffers()}
+        kept = {name: buffer for name, buffer in buffers.items() if name in tensors[f"models/{role}/model"]}
+        tensors[f"ema/{role}/model"] = {**average.whole(job.mesh.gradient_group), **kept}
+    for phase, engine in job.engines.items():
+        tensors[f"optimizer/{phase}"] = engine.optimizer_state()
+    return CheckpointFiles(tensors, values)
+
+
+@torch.no_grad()
+def whole_weights(job: Job, role: str) -> dict[str, Tensor]:
+    """The state dict of a role with whole tensors, whatever ZeRO made of them. All ranks call it."""
+    model = job.models[role]
+    parameters = dict(model.named_parameters())
+    state = {}
+    for name, value in model.state_dict().items():
+        parameter = parameters.get(name)
+        if parameter is not None:
+            value = gather_shard(parameter, local_shard(parameter), job.mesh.gradient_group)
+        state[name] = value.detach()
+    return state

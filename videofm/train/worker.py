@@ -1,0 +1,119 @@
+"""One rank of a training run: `python -m videofm.train.worker RUN_DIR ATTEMPT`.
+
+A launcher starts as many as the mesh has ranks, with torchrun's environment. Each writes `attempts/NNNN/rank_R.json`, because
+launchers flatten exit codes: the verb that waits reads those files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from videofm.config.train import TrainConfig
+from videofm.data.loader import StepLoader
+from videofm.errors import Interrupted, VideofmError
+from videofm.parallel.mesh import create_mesh, destroy_mesh
+from videofm.progress import LOG, setup_logging
+from videofm.run_dir import RunDirectory, write_json
+from videofm.train import callbacks, state
+from videofm.train.build import Job, build_job, build_models, build_objective, pick_device, trained_roles
+from videofm.train.trainer import Callback, fit
+
+
+def train(config: TrainConfig, run: RunDirectory, attempt: int) -> None:
+    """Build the run of `config`, go on from its newest checkpoint, and train to the end.
+
+    Raises:
+        Interrupted: a stop was asked for, and everything is saved.
+    """
+    device = pick_device(config.trainer.device)
+    share_cores(config.trainer.num_threads, device)
+    rendezvous = os.environ.get("VIDEOFM_RENDEZVOUS")
+    mesh = create_mesh(config.parallel, device, Path(rendezvous) if rendezvous else None)
+    try:
+        objective = build_objective(config)
+        loader = StepLoader(config.data, config.seed, mesh.data_rank, mesh.data_degree)
+        models = build_models(config)
+        folder = state.resume_folder(run)
+        if folder is not None:
+            state.load_weights(folder, models, trained_roles(objective))
+        job = build_job(config, run, mesh, loader, models)
+        _describe(job, folder)
+        position = state.load_state(job, folder) if folder is not None else state.PlanState()
+        state.save_frozen(job)
+        fit(job, position, _callbacks(job, position.step, attempt))
+    finally:
+        destroy_mesh()
+
+
+def share_cores(num_threads: int | None, device: torch.device) -> None:
+    """Give this rank its share of the machine's cores; more threads than cores slow every rank down."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads or max(1, cores // local))
+
+
+def _callbacks(job: Job, step: int, attempt: int) -> list[Callback]:
+    trainer = job.config.trainer
+    main: list[Callback] = []
+    if job.mesh.is_main:
+        main.append(callbacks.Metrics(job.run, step, trainer.max_steps, trainer.log_every, attempt))
+        if job.config.wandb.mode != "disabled":
+            main.append(callbacks.Wandb(job))
+    finish = getattr(job.objective, "after_training", None)
+    last: list[Callback] = [callbacks.Checkpoints()]
+    return [*main, callbacks.AfterTraining(finish), *last] if finish else [*main, *last]
+
+
+def _describe(job: Job, folder: Path | None) -> None:
+    if not job.mesh.is_main:
+        return
+    for role, model in job.models.items():
+        count = sum(parameter.numel() for parameter in model.parameters())
+        LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", "trained" if role in job.trained_roles else "frozen")
+    LOG.info("%d clips, %d a step", len(job.loader.plan.records), job.loader.plan.num_step_samples)
+    LOG.info("resuming from %s" if folder else "a new run", *([folder.name] if folder else []))
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank and write how it ended."""
+    _die_with_parent()
+    # The verb that started us turns Ctrl-C and SIGTERM into `control/stop`, which every rank sees at a step boundary.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    run, attempt = RunDirectory(arguments[0]), int(arguments[1])
+    rank = int(os.environ.get("RANK", "0"))
+    folder = run.path / "attempts" / f"{attempt:04d}"
+    setup_logging(run.path / "log.txt" if rank == 0 else folder / f"rank_{rank}.log")
+    outcome = {"state": "finished", "message": ""}
+    try:
+        train(TrainConfig.model_validate(run.config), run, attempt)
+    except Interrupted as error:
+        outcome = {"state": "interrupted", "message": str(error)}
+    except VideofmError as error:
+        outcome = {"state": "failed", "message": str(error), "kind": type(error).__name__}
+    except Exception as error:
+        (folder / f"rank_{rank}_traceback.txt").write_text(traceback.format_exc())
+        outcome = {"state": "failed", "message": f"{type(error).__name__}: {error}", "kind": ""}
+    write_json(folder / f"rank_{rank}.json", outcome)
+    return {"finished": 0, "interrupted": 75, "failed": 1}[outcome["state"]]
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies: no rank outlives its launcher."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)

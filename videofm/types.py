@@ -1,0 +1,159 @@
+"""The legend of the project, and the small frozen records that its layers exchange.
+
+Letters, in shapes and in names: `B` batch, `C` channels, `T` frames, `H` height, `W` width, `L` tokens, `D` width of the model,
+`N` heads, `K` width of a head, `V` vocabulary or codebook size.
+
+- Videos and latents are `(B, C, T, H, W)`; pixels lie in [-1, 1]. Tokens are `(B, L, D)`. Queries, keys, values are `(B, L, N, K)`.
+- `sigma` is the noise level in [0, 1]: 1 is noise, 0 is data. `noisy = (1 - sigma) * clean + sigma * noise`;
+  `velocity = noise - clean`. Nothing here is called x_0 or x_1.
+- `clean noise noisy sigma velocity latents indices codes num_frames fps` are the words; counts begin with `num_`;
+  a mesh has axes (`pipe data context tensor`), a tensor has dims; degrees end in `_degree`. "Which samples do I read" is the
+  `data` group, "with whom do I average gradients" is the `data x context` group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    """q, k, v `(B, L, N, K)` and a mask or None (bool, True = may attend, broadcastable to `(B, N, Lq, Lk)`) -> `(B, L, N, K)`."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Pixels for one latent cell along each axis. `num_frames = 1 + time * n` pixel frames give `1 + n` latent frames."""
+
+    time: int
+    height: int
+    width: int
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip of `num_frames` pixel frames (frame rule `1 + time * n`)."""
+        return 1 + (num_frames - 1) // self.time
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents; both fields are `(B, C, T, H, W)`."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents `mean + exp(logvar / 2) * noise`; the caller brings unit Gaussian `noise` of the shape of `mean`."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def mode(self) -> Tensor:
+        """The most likely latents."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence to the unit Gaussian for each element, in nats, shape of `mean`."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded text. `embeddings` is `(B, L, D)`, `mask` is `(B, L)` bool, True where a token is real."""
+
+    embeddings: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of clips of one bucket.
+
+    `video` is `(B, 3, T, H, W)` in [-1, 1], `fps` is `(B,)` frames a second. `sample_ids` key every random draw that
+    concerns a sample, so that a run does not depend on which rank reads it. `step` is the optimizer step, and
+    `num_step_samples` the number of samples of that step over all ranks and micro-batches (the loss divides by it).
+    """
+
+    video: Tensor
+    captions: list[str]
+    fps: Tensor
+    sample_ids: list[str]
+    step: int
+    num_step_samples: int
+
+    def to(self, device: Any) -> Batch:
+        """This batch with its tensors on `device`."""
+        video, fps = self.video.to(device, non_blocking=True), self.fps.to(device, non_blocking=True)
+        return Batch(video, self.captions, fps, self.sample_ids, self.step, self.num_step_samples)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an objective returns for the samples of one rank.
+
+    `total` is the *sum* over the local samples of each sample's mean loss: the engine divides it by the number of samples
+    of the whole step, so that the gradient does not depend on how samples are spread over ranks and micro-batches.
+    `metrics` are detached scalars of the same form (sums over local samples), averaged the same way for the log.
+    """
+
+    total: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SampleRng(Protocol):
+    """Random draws for the samples of one micro-batch, keyed by (seed, step, sample id, name) and by nothing else."""
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Unit Gaussian `(B, *shape)`, float32, on the device of the batch."""
+        ...
+
+    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Uniform in [0, 1), `(B, *shape)`, float32, on the device of the batch."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss over roles. `roles` names the models it needs, `phases` maps a phase to the roles that it trains."""
+
+    roles: tuple[str, ...]
+    phases: Mapping[str, tuple[str, ...]]
+
+    def loss(self, models: Mapping[str, nn.Module], batch: Batch, rng: SampleRng, phase: str) -> Loss:
+        """The loss of this rank's samples in `phase`; see `Loss` for how it is normalised."""
+        ...
+
+
+class StateDictAdapter(Protocol):
+    """Names and layouts of tensors, ours against the public ones (diffusers' where diffusers has the model)."""
+
+    def to_public(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict in the public layout."""
+        ...
+
+    def from_public(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A public state dict in our layout."""
+        ...
+
+    def public_config(self, config: Any) -> dict[str, Any]:
+        """The `config.json` that the public implementation needs for a model of `config`."""
+        ...
+
+    def config_from_public(self, config: Mapping[str, Any]) -> Any:
+        """Our model config for a public `config.json`; the inverse of `public_config`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model, by parts: no data, no loss, no optimizer.
+
+    `config` is its dataclass, `sizes` the named instances, `build(config)` makes the module for one device, `parallelize(model,
+    mesh, options)` binds attention and splits what is split, `adapter` translates to the public layout.
+    """
+
+    name: str
+    config: type
+    sizes: Mapping[str, Any]
+    build: Callable[[Any], nn.Module]
+    parallelize: Callable[..., nn.Module]
+    adapter: StateDictAdapter
