@@ -19,7 +19,8 @@ import hashlib
 import json
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ class _Session:
         self.config, self.run, self.funnel = config, run, funnel
         self.hash = config_hash(config)
         self.committed = {entry.group: entry for entry in shards.read_entries(run.path)}
-        self._cluster: Any = None
+        self._ray = ExitStack()
+        self._started = False
 
     def run_segment(
         self, number: int, sections: list[dict[str, Any]], rows: Sequence[Row], groups: dict[str, str], last: bool
@@ -166,6 +168,8 @@ class _Session:
         """The rows that come out of a segment; those of the last one lie in shards and are not returned."""
         jobs = [self._job(number, name, sections, members, last) for name, members in _by_group(rows, groups).items()]
         reports: dict[str, dict[str, Any]] = {}
+        if last:
+            self._check_nothing_else({job.group for job in jobs})
         for job in jobs:
             report = read_report(job)
             self._check_committed(job, report)
@@ -187,16 +191,15 @@ class _Session:
 
     def close(self) -> None:
         """Stop Ray, where it was started."""
-        if self._cluster is not None:
-            self._cluster.__exit__(None, None, None)
+        self._ray.close()
 
-    def _run(self, jobs: list[Job]) -> Any:
+    def _run(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | None]]:
         if not jobs or self.run.stop_requested:
             return
-        if self._cluster is None:
-            self._cluster = engine.cluster(self.config.engine)
-            self._cluster.__enter__()
-        yield from engine.run_jobs(jobs, self.config.engine)
+        if not self._started:
+            self._ray.enter_context(engine.cluster(self.config.engine))
+            self._started = True
+        yield from engine.run_jobs(jobs, self.config.engine, lambda: self.run.stop_requested)
 
     def _job(self, number: int, group: str, sections: list[dict[str, Any]], rows: Sequence[Row], last: bool) -> Job:
         limits = self.config.engine
@@ -216,10 +219,18 @@ class _Session:
                 "choose another run directory"
             )
         if report is None:
-            raise DataError(
-                f"group {job.group} of {self.run.path} was committed from other files than {self.config.source} holds now; "
-                "choose another run directory, so that the dataset stays of one piece"
-            )
+            raise self._changed(job.group)
+
+    def _check_nothing_else(self, groups: set[str]) -> None:
+        """No group is committed that would not be made now."""
+        for group in sorted(self.committed.keys() - groups):
+            raise self._changed(group)
+
+    def _changed(self, group: str) -> DataError:
+        return DataError(
+            f"group {group} of {self.run.path} was committed from other files than {self.config.source} holds now; "
+            "choose another run directory, so that the dataset stays of one piece"
+        )
 
 
 def _by_group(rows: Sequence[Row], groups: dict[str, str]) -> dict[str, list[Row]]:

@@ -6,13 +6,14 @@ have nothing to move, and Ray Data's answers to a worker that dies (retry for ev
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -32,17 +33,18 @@ def cluster(config: EngineConfig) -> Iterator[None]:
     """A Ray cluster to work on: the one that runs in this process, the one at `config.address`, or a local node for this call.
 
     The local node binds loopback, has no dashboard, sends no usage statistics, and asks for a random token: some of Ray's ports listen on
-    all interfaces whatever it is told. The token lives in the environment of these processes, not in the user's home.
+    all interfaces whatever it is told. The token lives in the environment of these processes, not in a file.
     """
     if ray.is_initialized():
         yield
         return
     handlers = _signal_handlers()
-    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if config.address is None:
-        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+        # `ray.init` of a local node switches token mode on by itself; with a token at hand it makes no file in the user's home. Ray
+        # reads the token once a process, so it stays in the environment.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Unix sockets lie in it, and their paths may have 107 bytes: it must be short.
     folder = tempfile.mkdtemp(prefix="vfm-ray-", dir="/tmp")
     try:
@@ -64,14 +66,14 @@ def cluster(config: EngineConfig) -> Iterator[None]:
         ray.shutdown()
         _restore_signal_handlers(handlers)
         shutil.rmtree(folder, ignore_errors=True)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def run_jobs(jobs: Sequence[Job], config: EngineConfig) -> Iterator[tuple[Job, dict[str, Any] | None]]:
+def run_jobs(
+    jobs: Sequence[Job], config: EngineConfig, should_stop: Callable[[], bool]
+) -> Iterator[tuple[Job, dict[str, Any] | None]]:
     """Run jobs on the cluster, a bounded number at once; yields each with its report as it ends (None: it was stopped).
 
-    The caller may stop taking results: tasks that have not begun are never submitted.
+    Once `should_stop()` is true nothing more is submitted; what runs ends by itself at its next source.
 
     Raises:
         DataError: a task failed for a reason outside of its sources, such as a full disk.
@@ -80,8 +82,8 @@ def run_jobs(jobs: Sequence[Job], config: EngineConfig) -> Iterator[tuple[Job, d
     limit = (config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))) + 1
     task = ray.remote(num_cpus=1, max_retries=_WORKER_DEATHS)(_task)
     waiting, running = list(reversed(jobs)), {}
-    while waiting or running:
-        while waiting and len(running) < limit:
+    while running or (waiting and not should_stop()):
+        while waiting and not should_stop() and len(running) < limit:
             job = waiting.pop()
             running[task.remote(asdict(job))] = job
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)

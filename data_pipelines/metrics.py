@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipelines.rows import Loss
@@ -47,8 +47,7 @@ class StageMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        value = asdict(self)
-        return {**value, **{name: dict(sorted(value[name].items())) for name in (*KINDS, "notes")}}
+        return {**vars(self), **{name: dict(sorted(getattr(self, name).items())) for name in (*KINDS, "notes")}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> StageMetrics:

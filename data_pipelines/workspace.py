@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import av
+import cv2
 import numpy as np
 
 from data_pipelines.rows import SourceInfo, Unusable
@@ -25,14 +26,16 @@ FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,ivf,h264,hevc"
 OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 SCAN_WIDTH = 256
 """Frames are scanned at most this wide, in pixels."""
+_LUMINANCE = np.array([0.114, 0.587, 0.299])  # of blue, green, red (BT.601)
 
 
 @dataclass(frozen=True)
 class Scan:
     """What one pass over the T decoded frames gave.
 
-    `times` (T,) are presentation times in seconds from the first frame; `motion` (T,) the mean absolute change of luminance since
-    the frame before and `brightness` (T,) the mean luminance, in [0, 1]; `cuts` are the indices of the first frames of new shots.
+    `times` (T,) are presentation times in seconds from the first frame; `motion` (T,) the mean absolute change since the frame before,
+    over pixels and colour channels, and `brightness` (T,) the mean luminance, both in [0, 1]; `cuts` are the indices of the first frames
+    of new shots.
     """
 
     times: np.ndarray[Any, Any]
@@ -212,14 +215,14 @@ def _scan(path: Path, detector: CutDetector | None) -> Scan:
         scale = min(1.0, SCAN_WIDTH / frame.width)
         size = {"width": max(2, round(frame.width * scale)), "height": max(2, round(frame.height * scale))}
         image = frame.to_ndarray(format="bgr24", **size)
-        grey = image.astype(np.float32) @ np.array([0.114, 0.587, 0.299], np.float32) / 255.0
-        change = 0.0 if before is None or before.shape != grey.shape else float(np.abs(grey - before).mean())
+        # Colours and not luminance alone: a green shape on grey of the same luminance moves, too.
+        change = 0.0 if before is None or before.shape != image.shape else float(cv2.absdiff(image, before).mean()) / 255.0
         times.append(float(frame.pts * frame.time_base))
         motion.append(change)
-        brightness.append(float(grey.mean()))
+        brightness.append(float(image.mean(axis=(0, 1)) @ _LUMINANCE) / 255.0)
         if detector is not None:
             cuts.extend(detector.observe(index, image))
-        before = grey
+        before = image
     if not times:
         raise Unusable("undecodable", "no frame decodes")
     seconds = np.array(times) - times[0]

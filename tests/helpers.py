@@ -52,9 +52,7 @@ def _collect(processes: list[Any], answers: Any, world_size: int, timeout: float
         try:
             rank, fine, value = answers.get(timeout=0.2)
         except queue.Empty:
-            dead = [
-                rank for rank, process in enumerate(processes) if rank not in results and process.exitcode not in (None, 0)
-            ]
+            dead = [rank for rank, process in enumerate(processes) if rank not in results and process.exitcode not in (None, 0)]
             assert not dead, f"ranks {dead} died with exit codes {[processes[rank].exitcode for rank in dead]}"
             missing = sorted(set(range(world_size)) - set(results))
             assert time.monotonic() < deadline, f"ranks {missing} were not done after {timeout} s"

@@ -1,8 +1,8 @@
 """`make check`: lint, types, import rules, import of every module, unit tests; stops at the first that fails.
 
-    python tools/check.py              everything
-    python tools/check.py --no-tests   without the unit tests (`make test` runs all tests after this)
-    python tools/check.py --list-bench the benchmarks, one line each
+python tools/check.py              everything
+python tools/check.py --no-tests   without the unit tests (`make test` runs all tests after this)
+python tools/check.py --list-bench the benchmarks, one line each
 """
 
 from __future__ import annotations

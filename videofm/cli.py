@@ -306,14 +306,16 @@ VERBS = {
     "run": Verb(
         "run a recipe, a chain of stages; what is done is skipped",
         _about(
-            "Walk a recipe: each stage has its own run directory in RUN/stages/NAME. A finished stage is skipped, an interrupted\n"
-            "one resumes, a changed one runs again together with what depends on it (the old directory moves to RUN/stale/).",
+            "Walk a recipe: each stage has its own run directory in RUN/stages/NAME. A finished stage is skipped, an\n"
+            "interrupted one resumes, a changed one runs again together with what depends on it (the old directory moves to\n"
+            "RUN/stale/).",
             "videofm run configs/quickstart.yaml\n"
             "videofm run configs/real_clips.yaml source=../videos stages.dit.trainer.max_steps=2000\n"
             "videofm run configs/quickstart.yaml --list            # what is done, what would run, and why\n"
             "videofm run configs/quickstart.yaml --until vae       # stop after a stage\n"
             "videofm run configs/quickstart.yaml --force sample    # once more, and what depends on it",
-            "in a recipe:\n  ${run} is its run directory, ${source} its source, ${stage.NAME} the run directory of an earlier stage.",
+            "in a recipe:\n  ${run} is its run directory, ${source} its source folder,\n"
+            "  ${stage.NAME} the run directory of an earlier stage.",
             OVERRIDES,
             STOPPING,
         ),
@@ -324,14 +326,16 @@ VERBS = {
     "curate": _stage_verb(
         "curate",
         "raw videos to training shards",
-        "Probe, split into shots, filter, deduplicate, caption, transcode and pack a folder of raw videos into webdataset shards.\n"
-        "A funnel says what was kept and why the rest was not; a broken file is quarantined with its reason, it never stops the job.",
+        "Probe, split into shots, filter, deduplicate, caption, transcode and pack a folder of raw videos into webdataset\n"
+        "shards. A funnel says what was kept and why the rest was not; a broken file is quarantined with its reason, it\n"
+        "never stops the job.",
         "videofm curate configs/data/clips.yaml source=/data/videos --run-dir runs/clips",
     ),
     "train": _stage_verb(
         "train",
         "train a model on shards",
-        "Train one objective (autoencoder, flow matching) through DeepSpeed, in one process or several; resumes where it stopped.",
+        "Train one objective (autoencoder, flow matching) through DeepSpeed, in one process or several; resumes where it\n"
+        "stopped.",
         "videofm train configs/debug/vae.yaml --dry-run\n"
         "videofm train configs/debug/vae.yaml trainer.max_steps=500 parallel.data_degree=2\n"
         "videofm train configs/quickstart.yaml --stage dit",
@@ -352,8 +356,10 @@ VERBS = {
     "export": _stage_verb(
         "export",
         "a folder that diffusers loads",
-        "Write a diffusers folder (safetensors) from a trained DiT and its VAE; an older export is replaced once the new is complete.",
-        "videofm export runs/quickstart/stages/dit output=ltx-tiny\nvideofm export runs/dit/checkpoints/step_00000200 output=out",
+        "Write a diffusers folder (safetensors) from a trained DiT and its VAE; an older export is replaced once the new one\n"
+        "is complete.",
+        "videofm export runs/quickstart/stages/dit output=ltx-tiny\n"
+        "videofm export runs/dit/checkpoints/step_00000200 output=out",
     ),
     "report": _stage_verb(
         "report",
@@ -364,8 +370,9 @@ VERBS = {
     "doctor": Verb(
         "what this machine can do, and what is missing",
         _about(
-            "Run each decoder, attention backend and communication library once on something tiny and tell what works. For each\n"
-            "missing optional part: what it would give and how to install it. Exit code 1 when a required part does not work.",
+            "Run each decoder, attention backend and communication library once on something tiny and tell what works. For\n"
+            "each missing optional part: what it would give and how to install it. Exit code 1 when a required part does not\n"
+            "work.",
             "videofm doctor\nvideofm doctor --json > doctor.json",
         ),
         _doctor_arguments,

@@ -1,7 +1,7 @@
-"""What this machine can do: every part is run once on something tiny; each missing one says what it would give and how to get it.
+"""What this machine can do: every part is run once on something tiny; a missing one says what it gives and how to get it.
 
-A check that crashes is a check that failed; it does not stop the others. Decoders and attention kernels are native code that can
-take a process down, so each of them is tried in a process of its own (`python -m videofm.doctor GROUP NAME`).
+A check that crashes is a check that failed; it does not stop the others. Decoders and attention kernels are native code
+that can take a process down, so each is tried in a process of its own (`python -m videofm.doctor GROUP NAME`).
 """
 
 from __future__ import annotations
@@ -141,10 +141,22 @@ def _specs(folder: Path) -> list[_Spec]:
         _Spec(machine, "python", _python, "use Python 3.11 or 3.12", required=True),
         _Spec(machine, "cpu", _cpu),
         _Spec(machine, "torch", _torch, core, required=True),
-        _Spec(machine, "gpu", _gpu, "training on GPUs is 10 to 1000 times faster; needs an NVIDIA driver and a CUDA build of torch"),
+        _Spec(
+            machine,
+            "gpu",
+            _gpu,
+            "training on GPUs is 10 to 1000 times faster; needs an NVIDIA driver and a CUDA build of torch",
+        ),
         _Spec(machine, "bf16 matmul", _bf16, "train with trainer.precision=fp32", required=False),
-        _Spec(machine, "disk", lambda: _disk(folder), f"keep {MIN_DISK_GIB:.0f} GiB free: checkpoints and shards", required=True),
-        _Spec(machine, "shared memory", _shm, "mount a larger /dev/shm (containers: --shm-size=2g); Ray and decoding workers use it"),
+        _Spec(
+            machine, "disk", lambda: _disk(folder), f"keep {MIN_DISK_GIB:.0f} GiB free: checkpoints and shards", required=True
+        ),
+        _Spec(
+            machine,
+            "shared memory",
+            _shm,
+            "mount a larger /dev/shm (containers: --shm-size=2g); Ray and decoding workers use it",
+        ),
         _Spec(machine, "ffmpeg", _ffmpeg, "not needed (PyAV brings its own); handy to look at files: apt-get install ffmpeg"),
         _Spec("training", "gloo", _gloo, "check that the loopback interface is up", required=True),
         _Spec("training", "nccl", _nccl, "collectives between GPUs; comes with a CUDA build of torch"),
@@ -153,7 +165,9 @@ def _specs(folder: Path) -> list[_Spec]:
         fix = core if required else gives
         specs.append(_Spec(group, name, _importer(name, module), fix, required))
     for name in registry.DECODERS:
-        gives = "reads frames; one decoder is enough, " + ("pip install av" if name == "pyav" else 'pip install "videofm[decoders]"')
+        gives = "reads frames; one decoder is enough, " + (
+            "pip install av" if name == "pyav" else 'pip install "videofm[decoders]"'
+        )
         specs.append(_Spec("decoders", name, _decoder(name), gives, required=name == "pyav"))
     for name in registry.ATTENTION_BACKENDS:
         gives = 'faster attention on NVIDIA GPUs: pip install "videofm[gpu]"'
@@ -175,8 +189,8 @@ _LIBRARIES = [
 
 
 def _python() -> str:
-    if sys.version_info < (3, 11):
-        raise ConfigError(f"Python {platform.python_version()} is too old")
+    if sys.version_info >= (3, 13):
+        raise ConfigError(f"Python {platform.python_version()} is newer than what the pinned packages support")
     return f"{platform.python_version()} on {platform.system()} {platform.machine()}"
 
 

@@ -57,7 +57,9 @@ class Plan:
             if stage.name == name:
                 return stage
         names = [stage.name for stage in self.stages]
-        raise ConfigError(f"the recipe {self.recipe.name} has no stage {name!r}{nearest(name, names)}. Stages: {', '.join(names)}.")
+        raise ConfigError(
+            f"the recipe {self.recipe.name} has no stage {name!r}{nearest(name, names)}. Stages: {', '.join(names)}."
+        )
 
     def table(self) -> str:
         """Stages and states as text."""
@@ -180,7 +182,9 @@ def _move_aside(stage: PlannedStage, run: Path) -> None:
     """Keep an outdated run directory under `stale/`; what was finished is not lost."""
     folder = run / "stale"
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.name.rpartition("-")[2]) for path in folder.glob(f"{stage.name}-[0-9][0-9][0-9][0-9]")), default=0)
+    number = 1 + max(
+        (int(path.name.rpartition("-")[2]) for path in folder.glob(f"{stage.name}-[0-9][0-9][0-9][0-9]")), default=0
+    )
     target = folder / f"{stage.name}-{number:04d}"
     stage.path.rename(target)
     LOG.info("%s: the old run directory is kept as %s", stage.name, target)
@@ -189,7 +193,8 @@ def _move_aside(stage: PlannedStage, run: Path) -> None:
 def save_plan(chain: Plan) -> None:
     """`RUN/recipe.json`: what the report needs to know about the chain."""
     stages = {
-        stage.name: {"kind": stage.config.kind, "fingerprint": stage.fingerprint, "inputs": stage.inputs} for stage in chain.stages
+        stage.name: {"kind": stage.config.kind, "fingerprint": stage.fingerprint, "inputs": stage.inputs}
+        for stage in chain.stages
     }
     value = {
         "name": chain.recipe.name,
@@ -214,7 +219,7 @@ def _absent(stage: PlannedStage, chain: Plan) -> list[str]:
 
 
 def check_stage(config: Any, absent: list[str] | None = None) -> str:
-    """Build what stage `config` would build, where that is possible before its inputs (`absent`) exist; say what was checked."""
+    """Build what stage `config` would build, unless its inputs (`absent`) are not there yet; say what was checked."""
     if absent:
         return f"schema checked only; it reads {', '.join(absent)}, not finished yet"
     if config.kind == "curate" and not Path(config.source).is_dir():

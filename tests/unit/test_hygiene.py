@@ -40,7 +40,7 @@ def findings(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, "numpy.load with allow_pickle"
         if keywords.get("shell", "False") != "False":
             yield node.lineno, "shell=True"
-        if name.endswith(".extractall") or name.endswith(".extract") and "tar" in name:
+        if name.endswith(".extractall") or (name.endswith(".extract") and "tar" in name):
             yield node.lineno, f"{name}: members of an archive are read one by one, with checked names"
         if keywords.get("trust_remote_code", "False") != "False":
             yield node.lineno, "trust_remote_code"

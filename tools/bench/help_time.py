@@ -29,7 +29,9 @@ def main() -> int:
         times = measure(arguments)
         median = statistics.median(times)
         slow += median > LIMIT
-        print(f"videofm {' '.join(arguments):18} best {min(times):.3f}  median {median:.3f}{'  OVER' if median > LIMIT else ''}")
+        print(
+            f"videofm {' '.join(arguments):18} best {min(times):.3f}  median {median:.3f}{'  OVER' if median > LIMIT else ''}"
+        )
     return 1 if slow else 0
 
 

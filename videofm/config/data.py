@@ -127,5 +127,7 @@ class DataConfig(Section):
     window_shards: int = Field(256, ge=1, description="Shards that are shuffled together.")
     decoder: Literal["auto", "torchcodec", "pyav", "decord"] = Field("auto", description="`auto` takes the first that works.")
     num_workers: int = Field(0, ge=0, description="Decoding processes of a rank; 0 decodes in the training process.")
-    cache_mib: int = Field(0, ge=0, description="Memory for decoded clips in each decoding process, in MiB; 0 decodes each time.")
+    cache_mib: int = Field(
+        0, ge=0, description="Memory for decoded clips in each decoding process, in MiB; 0 decodes each time."
+    )
     verify_checksums: bool = Field(True, description="Check the SHA-256 of every shard once before the first step.")

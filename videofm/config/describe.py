@@ -114,7 +114,9 @@ def _default(field: FieldInfo) -> str:
     if isinstance(field.default, BaseModel):
         kind = getattr(field.default, "kind", None)
         return f" = {kind}" if kind else ""
-    shown = {None: "null", True: "true", False: "false"}.get(field.default) if not isinstance(field.default, list | dict) else None
+    shown = (
+        {None: "null", True: "true", False: "false"}.get(field.default) if not isinstance(field.default, list | dict) else None
+    )
     # 0 == False and 1 == True in Python: numbers are shown as numbers.
     return f" = {shown if shown is not None and not _is_number(field.default) else field.default}"
 

@@ -113,7 +113,9 @@ def _rule(detail: ErrorDetails, section: type[BaseModel] | None, annotation: Any
         return str(context["error"])
     if kind == "literal_error":
         return f"must be {context['expected']}{_nearest(str(detail['input']), _choices(str(context['expected'])))}".rstrip(".")
-    message = detail["msg"].replace("Input should be", "must be").replace("a valid integer", "an integer").replace("a valid ", "a ")
+    message = (
+        detail["msg"].replace("Input should be", "must be").replace("a valid integer", "an integer").replace("a valid ", "a ")
+    )
     return message[0].lower() + message[1:] + _hint(detail)
 
 

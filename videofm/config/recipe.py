@@ -17,7 +17,8 @@ class SampleConfig(Section):
     kind: Literal["sample"]
     run: str = Field(description="Training run of a DiT, a checkpoint of it, or an exported folder.")
     sampler: Literal["videofm", "diffusers"] = Field(
-        "videofm", description="`diffusers` loads an exported folder with LTXPipeline in a process that does not import videofm."
+        "videofm",
+        description="`diffusers` loads an exported folder with LTXPipeline in a process that does not import videofm.",
     )
     prompts: list[str] = Field([], description="Captions, one video each.")
     prompts_file: str | None = Field(None, description="Text file with one caption a line, instead of `prompts`.")
@@ -80,9 +81,7 @@ class CaptionFollowingMetric(Section):
     samples: str = Field(description="Folder with `samples.jsonl` and the videos it names.")
 
 
-EvaluationMetric = Annotated[
-    ReconstructionMetric | HeldOutLossMetric | CaptionFollowingMetric, Field(discriminator="kind")
-]
+EvaluationMetric = Annotated[ReconstructionMetric | HeldOutLossMetric | CaptionFollowingMetric, Field(discriminator="kind")]
 
 
 class EvaluateConfig(Section):

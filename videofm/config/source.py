@@ -90,9 +90,10 @@ def missing_file(path: Path) -> str:
     if folder != path.parent:
         return f"no such file; there is no folder {path.parent} (the current directory is {Path.cwd()})"
     names = [entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith((".yaml", ".yml"))]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    stems = {Path(name).stem: name for name in names}  # all end alike, which says nothing
+    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.5)
     if close:
-        return f"no such file, did you mean {folder / close[0]}?"
+        return f"no such file, did you mean {folder / stems[close[0]]}?"
     there = ", ".join(sorted(names)[:8]) or "no YAML file"
     return f"no such file; {folder} has {there}"
 
@@ -115,7 +116,9 @@ def parse(text: str, name: str) -> Source:
         line = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"{line}: not valid YAML: {error.problem or error.context}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}") from None
+        raise ConfigError(
+            f"{name}: not valid YAML: {str(error).splitlines()[0] if str(error) else 'nested too deep'}"
+        ) from None
 
 
 class _Builder:
@@ -129,7 +132,9 @@ class _Builder:
         """The plain value of `node`, which lies at `path`."""
         self.num_nodes += 1
         if depth > MAX_DEPTH or self.num_nodes > MAX_NODES:
-            raise ConfigError(f"{self.at(node)}: too deep (over {MAX_DEPTH}) or too large (over {MAX_NODES} values, aliases counted)")
+            raise ConfigError(
+                f"{self.at(node)}: too deep (over {MAX_DEPTH}) or too large (over {MAX_NODES} values, aliases counted)"
+            )
         self.origins.setdefault(path, self.at(node))
         if isinstance(node, MappingNode):
             return self.mapping(node, path, depth)
@@ -228,7 +233,9 @@ def _index(container: Any, part: str, name: str, where: str) -> Any:
     if isinstance(container, list):
         if part.isdigit() and int(part) < len(container):
             return int(part)
-        raise ConfigError(f"{name}: {where} is a list of {len(container)}; take an index from 0 to {len(container) - 1}, not {part!r}")
+        raise ConfigError(
+            f"{name}: {where} is a list of {len(container)}; take an index from 0 to {len(container) - 1}, not {part!r}"
+        )
     raise ConfigError(f"{name}: {where or 'the config'} is {_say(container)}, it has no key {part!r}")
 
 
@@ -256,7 +263,9 @@ def interpolate(value: Any, mapping: Mapping[str, str]) -> Any:
         if name not in mapping:
             close = difflib.get_close_matches(name, list(mapping), n=1, cutoff=0.6)
             hint = f", did you mean ${{{close[0]}}}?" if close else "."
-            raise ConfigError(f"{value!r}: there is no ${{{name}}}{hint} There are: {', '.join(f'${{{key}}}' for key in mapping)}")
+            raise ConfigError(
+                f"{value!r}: there is no ${{{name}}}{hint} There are: {', '.join(f'${{{key}}}' for key in mapping)}"
+            )
         text += before + mapping[name]
     return text + rest
 

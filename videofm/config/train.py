@@ -93,14 +93,18 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises linearly from 0.")
     final_ratio: float = Field(0.0, ge=0, le=1, description="Rate of the last step over the peak rate.")
     grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the weights' moving average, a step; warms up. 0 keeps none.")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="Decay of the weights' moving average, a step; warms up. 0 keeps none."
+    )
 
 
 class TrainerConfig(Section):
     """The loop: how long, how precise, how often to save and to log."""
 
     max_steps: int = Field(ge=1, description="Optimizer steps.")
-    precision: Literal["fp32", "bf16_autocast"] = Field("bf16_autocast", description="Type of matrix products; weights are fp32.")
+    precision: Literal["fp32", "bf16_autocast"] = Field(
+        "bf16_autocast", description="Type of matrix products; weights are fp32."
+    )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; one more is written at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay.")
     log_every: int = Field(10, ge=1, description="Steps between lines on the console; metrics.jsonl has every step.")
@@ -112,7 +116,9 @@ class ParallelConfig(Section):
     """The mesh of processes. One process is a mesh of size one."""
 
     data_degree: int = Field(1, ge=1, description="Groups of ranks that read different samples.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="What DeepSpeed shards: 1 optimizer, 2 gradients too, 3 weights too.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="What DeepSpeed shards: 1 optimizer, 2 gradients too, 3 weights too."
+    )
     timeout: float = Field(600.0, gt=0, description="Longest wait in a collective, in seconds.")
 
 

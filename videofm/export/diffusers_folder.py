@@ -96,7 +96,8 @@ def _write_model(folder: Path, model: nn.Module, wanted_class: str, dtype: torch
             "export a run whose models are dit/ltx, vae/ltx and text/t5."
         )
     if of_transformers:
-        config |= {"dtype": str(dtype).removeprefix("torch.")}
+        # What to compute in unless told otherwise: that of the other models, lest a plain `from_pretrained` mixes two types.
+        config |= {"dtype": "float32"}
     _write_config(folder / "config.json", config, diffusers=not of_transformers)
     name = "model.safetensors" if of_transformers else "diffusion_pytorch_model.safetensors"
     _write_tensors(folder / name, adapter.to_public(models.weights(model)), dtype)

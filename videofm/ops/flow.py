@@ -24,9 +24,8 @@ def broadcast_sigma(sigma: Tensor, like: Tensor) -> Tensor:
     lead = like.shape[: sigma.ndim]
     if sigma.ndim > like.ndim or any(s not in (1, n) for s, n in zip(sigma.shape, lead, strict=True)):
         raise DataError(
-            f"sigma has shape {tuple(sigma.shape)}, which does not lead {tuple(like.shape)}: give one noise level a "
-            "sample (B,) "
-            "or one a token (B, L)."
+            f"sigma has shape {tuple(sigma.shape)}, which does not lead {tuple(like.shape)}: give one noise level "
+            "a sample (B,) or one a token (B, L)."
         )
     return sigma.reshape(*sigma.shape, *[1] * (like.ndim - sigma.ndim))  # (B, ...) -> (B, ..., 1, 1)
 

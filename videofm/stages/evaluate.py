@@ -137,7 +137,7 @@ def clip_batches(metric: ClipMetric, run: RunDirectory, seed: int) -> Iterator[B
     usable = [record for record in records if record.num_frames >= metric.num_frames]
     if not usable:
         raise DataError(
-            f"{metric.manifest} has no clip of {metric.num_frames} frames in split {metric.split!r} ({len(records)} shorter ones). "
+            f"{metric.manifest} has no clip of {metric.num_frames} frames in split {metric.split!r} ({len(records)} shorter). "
             "Ask for fewer frames, another split, or curate with a larger held_out share."
         )
     if len(usable) > metric.num_clips:

@@ -25,6 +25,8 @@ from videofm.stages.diffusers_process import run_diffusers
 
 _SHEET_VIDEOS = 96
 """Most videos on the contact sheet."""
+_PUBLIC_MULTIPLE = 32
+"""LTXPipeline refuses other sizes, whatever the VAE."""
 
 
 def run(config: SampleConfig, run: RunDirectory) -> dict[str, Any]:
@@ -103,6 +105,11 @@ def _with_videofm(config: SampleConfig, run: RunDirectory, prompts: list[str], d
 
 
 def _with_diffusers(config: SampleConfig, run: RunDirectory, prompts: list[str], done: int) -> None:
+    if config.num_steps < 2 or config.height % _PUBLIC_MULTIPLE or config.width % _PUBLIC_MULTIPLE:
+        raise ConfigError(
+            f"num_steps {config.num_steps} at {config.height}x{config.width}: LTXPipeline of diffusers takes 2 steps or more (its "
+            f"schedule is undefined for 1), and a height and width in multiples of {_PUBLIC_MULTIPLE}."
+        )
     wanted = range(done, len(prompts))
     settings = ("num_frames", "height", "width", "fps", "num_steps", "guidance_scale", "batch_size")
     request = {name: getattr(config, name) for name in settings} | {

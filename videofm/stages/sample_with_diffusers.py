@@ -2,8 +2,9 @@
 
 Usage: `python -I sample_with_diffusers.py REQUEST.json`. This file imports nothing of videofm, which is the point: what it
 makes, any user of diffusers makes. The request holds `folder`, `output` (a folder), `prompts` (may be empty: then the export
-is only checked), `seeds` (one generator seed each), `names` (one each), and `num_frames height width fps num_steps guidance_scale
-batch_size`. Videos go to `output/NAME.npy`, uint8 `(T, H, W, 3)`; each appears when it is whole, `output/result.json` last.
+is only checked), `seeds` (one generator seed each), `names` (one each), and `num_frames height width fps num_steps
+guidance_scale batch_size`. Videos go to `output/NAME.npy`, uint8 `(T, H, W, 3)`; each appears when it is whole, and
+`output/result.json` comes last.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_a_pipeline_folder_needs_a_component(tmp_path):
     assert same(models.load(tmp_path, component="transformer"), model)
     with pytest.raises(ConfigError, match="holds 2 models; say which component: transformer, transformer_2"):
         models.load(tmp_path)
-    with pytest.raises(ConfigError, match="has no component 'vae'. There are: transformer"):
+    with pytest.raises(ConfigError, match=r"has no component 'vae'\. There are: transformer"):
         models.load(tmp_path, component="vae")
 
 
@@ -107,7 +107,7 @@ def test_roles(tmp_path):
     checkpoint(tmp_path, 1, {"policy": tiny(), "reference": tiny()})
     with pytest.raises(ConfigError, match="holds 2 models; say which role: policy, reference"):
         models.load(tmp_path)
-    with pytest.raises(ConfigError, match="has no role 'critic'. There are: policy, reference"):
+    with pytest.raises(ConfigError, match=r"has no role 'critic'\. There are: policy, reference"):
         models.load(tmp_path, role="critic")
 
 

@@ -78,7 +78,7 @@ def test_xxl_has_the_size_of_the_released_encoder():
 def test_what_is_not_a_t5_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.json: text/t5 needs the local folder"):
         models.build("text/t5", path=str(tmp_path))
-    with pytest.raises(ConfigError, match="is not T5 v1.1"):
+    with pytest.raises(ConfigError, match=r"is not T5 v1\.1"):
         ADAPTER.config_from_public({"model_type": "t5", "feed_forward_proj": "relu"})
     with pytest.raises(CheckpointError, match="stray is not a tensor of text/t5"):
         ADAPTER.to_public({"stray": torch.zeros(1)})

@@ -221,9 +221,9 @@ def test_configs_that_cannot_work(overrides, message):
 
 
 def test_foreign_keys_are_refused():
-    with pytest.raises(CheckpointError, match="encoder.extra is not in the public layout"):
+    with pytest.raises(CheckpointError, match=r"encoder\.extra is not in the public layout"):
         ADAPTER.from_public({"encoder.extra": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="encoder.extra is not a tensor of this model"):
+    with pytest.raises(CheckpointError, match=r"encoder\.extra is not a tensor of this model"):
         ADAPTER.to_public({"encoder.extra": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"unknown keys \['wings'\]"):
         ADAPTER.config_from_public({"_class_name": "AutoencoderKLLTXVideo", "wings": 2})

@@ -35,6 +35,9 @@ _PAIRS = [
     ("proj_out.{p}", "proj_out.{p}"),
 ]
 
+_PROVENANCE = ("_diffusers_version", "_name_or_path")
+"""Public keys that say where a file comes from and nothing about the model."""
+
 _FIXED = {
     "patch_size": 1,
     "patch_size_t": 1,
@@ -88,13 +91,8 @@ class LTXDiTAdapter(KeyMap):
             caption_channels=full["caption_channels"],
             norm_eps=full["norm_eps"],
         )
-        written = self.public_config(ours)
-        wrong = [
-            f"{key} {full[key]!r}"
-            for key in full
-            if not key.startswith("_diffusers") and full[key] != written.get(key, object())
-        ]
-        wrong = [entry for entry in wrong if not entry.startswith("_name_or_path")]
+        written = self.public_config(ours) | {key: full[key] for key in _PROVENANCE if key in full}
+        wrong = [f"{key} {value!r}" for key, value in full.items() if key not in written or written[key] != value]
         if wrong:
             raise ConfigError(f"not a config of {PUBLIC_CLASS} that dit/ltx can hold: {', '.join(wrong)}.")
         return ours

@@ -10,6 +10,7 @@ from videofm.models.spec import KeyMap
 from videofm.models.vae.ltx.config import DOWNSAMPLE_STRIDES, LTXVAEConfig
 
 PUBLIC_CLASS = "AutoencoderKLLTXVideo"
+_PROVENANCE = ("_diffusers_version", "_name_or_path")
 _RESIDUAL_BLOCK, _CONV_BLOCK = "LTXVideo095DownBlock3D", "LTXVideoDownBlock3D"
 
 
@@ -96,7 +97,7 @@ class LTXVAEAdapter(KeyMap):
         """
         default = self.public_config(LTXVAEConfig())
         full = default | {key: value for key, value in config.items() if value is not None}
-        unknown = [key for key in config if key not in default and not key.startswith("_")]
+        unknown = [key for key in config if key not in default and key not in _PROVENANCE]
         if (
             unknown
             or full["_class_name"] != PUBLIC_CLASS

@@ -1,0 +1,114 @@
+"""The command line from outside: exit codes, messages without tracebacks, what `--help` holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from videofm.cli import VERBS, main
+
+RECIPE = """\
+name: tiny
+run: run
+stages:
+  demo: {kind: demo_data}
+  curate: {kind: curate, source: "${stage.demo}", stages: [{kind: probe}]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "curate.yaml").write_text("source: nowhere\nstages: [{kind: probe}]\n")
+    return tmp_path
+
+
+def run_videofm(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`videofm ARGUMENTS` in a process of its own."""
+    code = "import sys; from videofm.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "match"),
+    [
+        (["--help"], 0, ""),
+        (["--version"], 0, ""),
+        (["run", "--help"], 0, ""),
+        (["run", "recipe.yaml", "--list"], 0, ""),
+        (["trian"], 2, "no verb is called 'trian', did you mean `videofm train`?"),
+        (["run"], 2, "required"),
+        (["run", "recpe.yaml"], 2, "did you mean recipe.yaml"),
+        (["run", "recipe.yaml", "nam=x"], 2, "unknown key, did you mean 'name'"),
+        (["run", "recipe.yaml", "--until", "curat"], 2, "did you mean 'curate'"),
+        (["train", "recipe.yaml"], 2, "recipe.yaml is a recipe"),
+        (["train", "recipe.yaml", "--stage", "curate"], 2, "is of kind 'curate'"),
+        (["curate", "."], 2, "is a folder"),
+        (["curate", "curate.yaml", "--dry-run"], 2, "there is no such folder"),
+        (["report", "curate.yaml"], 2, "source = 'nowhere'"),
+        (["report", "."], 1, "is no run directory"),
+        (["schema", "recip"], 2, "did you mean 'recipe'"),
+    ],
+)
+def test_exit_code_and_message(folder: Path, arguments: list[str], code: int, match: str) -> None:
+    done = run_videofm(*arguments, folder=folder)
+    assert (done.returncode, match in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_options_and_overrides_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "recipe.yaml", "stages.demo.seed=3", "--list", "run=other"]) == 0
+    assert "demo_data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_help_is_worth_reading(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "examples:" in text
+    assert "exit codes:" in text
+    if VERBS[verb].schema:
+        assert f"fields of a {VERBS[verb].schema} config:" in text
+
+
+def test_an_unexpected_fault_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("videofm.config.load.load", fail)
+    assert main(["run", "recipe.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("videofm: RuntimeError: boom (traceback in ")
+    path = Path(error.split("traceback in ")[1].split(";")[0])
+    assert "boom" in path.read_text()
+    path.unlink()
+
+
+def test_ctrl_c_is_clean(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("videofm.config.load.load", interrupt)
+    assert main(["run", "recipe.yaml"]) == 75
+    assert capsys.readouterr().err == "videofm: interrupted\n"
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "train"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "videofm train"

@@ -1,0 +1,75 @@
+"""Videos survive writing, sheets show what they should, and what cannot be written is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from videofm import media
+from videofm.errors import DataError
+
+
+def smooth(num_frames: int = 6, height: int = 32, width: int = 48, seed: int = 0) -> np.ndarray:
+    """A gradient that moves: what video compression is made for."""
+    t, y, x = np.meshgrid(np.arange(num_frames), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin((x + 3 * t + seed) / 9), np.cos(y / 7 + t / 5), np.sin((x + y) / 11 + seed)]
+    return (127 + 90 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def test_a_video_is_read_back_nearly_as_it_was(tmp_path: Path) -> None:
+    frames = smooth()
+    media.write_video(tmp_path / "deep" / "a.mp4", frames, 24.0)
+    read = media.read_video(tmp_path / "deep" / "a.mp4")
+    assert read.shape == frames.shape
+    assert read.dtype == np.uint8
+    assert np.abs(read.astype(int) - frames).mean() < 4  # colour is stored at half the resolution
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.mp4"]
+
+
+def test_the_same_frames_are_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        media.write_video(tmp_path / name, smooth(), 25)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_to_frames_maps_the_range_and_clips() -> None:
+    video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).view(1, 5, 1, 1).expand(3, 5, 2, 2)
+    assert media.to_frames(video)[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    assert media.to_frames(video).shape == (5, 2, 2, 3)
+
+
+def test_contact_sheet_shows_frames_enlarged(tmp_path: Path) -> None:
+    """Five frames of 32x32 at three times their size, in three columns: wider than 3 * 5 * 96, with two rows of strips."""
+    red = np.zeros((7, 32, 32, 3), np.uint8)
+    red[..., 0] = 255
+    media.contact_sheet([red] * 4, ["a red nothing", "", "x" * 500, "ünïcode 日本"], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[1] >= 3 * 5 * 96
+    assert (sheet == [255, 0, 0]).all(axis=2).sum() == 4 * 5 * 96 * 96
+
+
+def test_comparison_sheet_has_both(tmp_path: Path) -> None:
+    black, white = np.zeros((5, 200, 120, 3), np.uint8), np.full((5, 200, 120, 3), 255, np.uint8)
+    media.comparison_sheet([black] * 3, [white] * 3, ["a", "b", "c"], tmp_path / "sheet.png", frames_per_video=2)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert (sheet == 0).all(axis=2).sum() == (sheet == 255).all(axis=2).sum() == 3 * 2 * 192 * 115
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"uint8 frames \(T, H, W, 3\), not float64"):
+        media.write_video(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3)), 25)
+    with pytest.raises(DataError, match="cannot write 7x8 frames .* even sides"):
+        media.write_video(tmp_path / "a.mp4", np.zeros((2, 7, 8, 3), np.uint8), 25)
+    with pytest.raises(DataError, match="missing.mp4 cannot be read as a video"):
+        media.read_video(tmp_path / "missing.mp4")
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(DataError, match="text.mp4 cannot be read as a video"):
+        media.read_video(tmp_path / "text.mp4")
+    with pytest.raises(DataError, match="needs videos and a caption for each: got 0 and 0"):
+        media.contact_sheet([], [], tmp_path / "s.png")
+    with pytest.raises(DataError, match="got 1 originals, 0 reconstructions, 1 captions"):
+        media.comparison_sheet([smooth()], [], ["a"], tmp_path / "s.png")

@@ -1,0 +1,283 @@
+"""The report: one HTML page without scripts and without anything from elsewhere. Every text on it is escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from videofm import __version__
+from videofm.progress import duration
+from videofm.report.charts import Series, figure, number
+from videofm.report.collect import Run, Stage, collect
+from videofm.report.style import CSS
+from videofm.run_dir import now
+
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+"""The page could load nothing and run nothing even if a text slipped through unescaped."""
+
+CURVES = {
+    "loss": "what is minimised",
+    "psnr": "dB, training clips",
+    "reconstruction": "pixel loss",
+    "kl": "nats a latent element",
+    "mse": "",
+    "grad_norm": "before clipping",
+    "lr": "learning rate",
+    "samples_per_second": "clips a second",
+}
+NOT_CURVES = ("step", "attempt", "time", "seconds", "data_wait", "sigma", "epoch")
+
+
+def build(path: Path, writing: Path | None = None) -> str:
+    """The page about the run directory `path` (of a recipe or of a stage); `writing` is the stage that writes it."""
+    run = collect(path, writing)
+    body = [
+        f"<h1>{escape(run.name)}</h1>",
+        f'<p class="sub">{escape(run.time)} &middot; videofm {escape(run.code)} &middot; {escape(str(run.path))}</p>',
+        _cards(run),
+        _stages(run),
+        *[_stage(stage) for stage in run.stages],
+        _lineage(run),
+        _configs(run),
+        f"<footer>written {escape(now())} by videofm {escape(__version__)}</footer>",
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(run.name)} - videofm</title><style>{CSS}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+# -- the overview
+
+
+def _cards(run: Run) -> str:
+    cards: list[tuple[str, str]] = []
+    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+    shown = [stage for stage in run.stages if stage.state != "this page"]
+    if len(shown) > 1:
+        cards.append((f"{sum(stage.state == 'finished' for stage in shown)} of {len(shown)}", "stages finished"))
+    if seconds:
+        cards.append((duration(sum(seconds)), "in finished stages"))
+    for stage in run.stages:
+        steps = funnel_steps(stage.funnel)
+        if steps:
+            cards.append((f"{steps[-1]['out']}", "clips kept"))
+        for metric in stage.evaluation:
+            if metric.get("kind") == "reconstruction" and "psnr" in metric:
+                cards.append((f"{metric['psnr']:.1f} dB", "reconstruction PSNR"))
+            elif metric.get("kind") == "held_out_loss" and "loss" in metric:
+                cards.append((number(metric["loss"]), "held-out loss"))
+            elif metric.get("kind") == "caption_following" and "both" in metric:
+                cards.append((f"{100 * metric['both']:.0f} %", f"captions followed ({Path(str(metric.get('of', ''))).name})"))
+    content = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in cards)
+    return f'<div class="cards">{content}</div>' if cards else ""
+
+
+def _stages(run: Run) -> str:
+    rows = []
+    for stage in run.stages:
+        time = "" if stage.seconds is None else duration(stage.seconds)
+        link = (
+            f'<a href="#{escape(stage.name, quote=True)}">{escape(stage.name)}</a>'
+            if _has_section(stage)
+            else escape(stage.name)
+        )
+        attempts = str(stage.num_attempts) if stage.num_attempts else ""
+        rows.append([link, escape(stage.kind), _tag(stage.state), escape(time), attempts, _results(stage)])
+    table = _table(["stage", "kind", "state", "time", "attempts", "results"], rows, numeric=(3, 4))
+    return f"<section><h2>Stages</h2>{table}</section>"
+
+
+def _tag(state: str) -> str:
+    known = state if state in ("finished", "interrupted", "failed") else "other"
+    return f'<span class="tag {known}">{escape(state)}</span>'
+
+
+def _results(stage: Stage) -> str:
+    if stage.state != "finished" and stage.message:
+        return f'<span class="why">{escape(stage.message.splitlines()[0][:200])}</span>'
+    leaves = [(key, value) for key, value in _leaves(stage.results) if not isinstance(value, str) or len(value) < 60]
+    text = ", ".join(f"{key} {_say(value)}" for key, value in leaves[:5])
+    return f'<span class="why">{escape(text)}</span>'
+
+
+# -- one stage
+
+
+def _has_section(stage: Stage) -> bool:
+    content = (stage.metrics, stage.funnel, stage.evaluation, stage.images, stage.videos, stage.problems)
+    return any(content) or stage.state == "failed"
+
+
+def _stage(stage: Stage) -> str:
+    """Whatever the stage left that can be shown."""
+    if not _has_section(stage):
+        return ""
+    parts = [f'<section id="{escape(stage.name, quote=True)}"><h2>{escape(stage.name)} {_tag(stage.state)}</h2>']
+    if stage.state == "failed":
+        parts.append(f'<p class="note">{escape(stage.message)}</p>')
+    parts += [f'<p class="note">could not be read: {escape(problem)}</p>' for problem in stage.problems]
+    parts += [_funnel(stage.funnel), _curves(stage.metrics), _throughput(stage.metrics), _evaluation(stage.evaluation)]
+    parts += [_image(image, stage.path) for image in stage.images]
+    if stage.videos:
+        parts.append(f'<h3>videos</h3><div class="videos">{"".join(_video(*video) for video in stage.videos)}</div>')
+    return "".join(parts) + "</section>"
+
+
+def funnel_steps(funnel: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of funnel.json that have a name and counts."""
+    steps = (funnel or {}).get("stages", [])
+    return [step for step in steps if isinstance(step, dict) and {"name", "in", "out"} <= step.keys()]
+
+
+def _funnel(funnel: dict[str, Any] | None) -> str:
+    steps = funnel_steps(funnel)
+    if not steps:
+        return ""
+    most = max([max(step["in"], step["out"]) for step in steps] + [1])
+    rows = []
+    for step in steps:
+        reasons = {**step.get("dropped", {})}
+        reasons |= {name: step[name] for name in ("errors", "quarantined") if step.get(name)}
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -_count(item[1])))
+        kept, came = 100 * step["out"] / most, 100 * step["in"] / most
+        bar = f'<div class="bar"><i class="lost" style="width:{came:.2f}%"></i><i style="width:{kept:.2f}%"></i></div>'
+        unit = f" {step['unit']}" if isinstance(step.get("unit"), str) else ""
+        rows.append(
+            [
+                escape(str(step["name"])),
+                f"{step['in']}",
+                f"{step['out']}{escape(unit)}",
+                bar,
+                f'<span class="why">{escape(why)}</span>',
+            ]
+        )
+    table = _table(["step", "in", "kept", "", "why not"], rows, numeric=(1, 2))
+    return f"<h3>funnel: what was kept, and why the rest was not</h3>{table}"
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else len(value) if isinstance(value, list | dict) else 0
+
+
+def _curves(rows: list[dict[str, Any]]) -> str:
+    """A chart for each metric that changes, the known ones first."""
+    names = [name for name in CURVES if any(name in row for row in rows)]
+    names += sorted({name for row in rows for name in row} - set(names) - set(NOT_CURVES))
+    charts, seen = [], set()
+    for name in names:
+        points = [(float(row["step"]), float(row[name])) for row in rows if "step" in row and _is_number(row.get(name))]
+        values = tuple(y for _, y in points)
+        if values and values not in seen:
+            seen.add(values)
+            charts.append(figure(Series(name, [x for x, _ in points], values), CURVES.get(name, "")))
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def _throughput(rows: list[dict[str, Any]]) -> str:
+    """Speed of the training loop: medians over its steps."""
+    columns = {
+        name: [float(row[name]) for row in rows if _is_number(row.get(name))]
+        for name in ("samples_per_second", "seconds", "data_wait")
+    }
+    if not columns["samples_per_second"]:
+        return ""
+    facts = [("steps", f"{len(rows)}"), ("clips a second, median", number(statistics.median(columns["samples_per_second"])))]
+    total = sum(columns["seconds"])
+    if total:
+        facts += [
+            ("milliseconds a step, median", number(1000 * statistics.median(columns["seconds"]))),
+            ("in steps", duration(total)),
+        ]
+        facts += [("waiting for data", f"{100 * sum(columns['data_wait']) / total:.1f} %")] if columns["data_wait"] else []
+    return "<h3>throughput</h3>" + _table([name for name, _ in facts], [[escape(value) for _, value in facts]])
+
+
+def _evaluation(metrics: list[dict[str, Any]]) -> str:
+    if not metrics:
+        return ""
+    rows = []
+    for metric in metrics:
+        leaves = [(key, value) for key, value in _leaves(metric) if key not in ("kind", "of", "sheet")]
+        numbers = "".join(f"<div>{escape(key)} <b>{escape(_say(value))}</b></div>" for key, value in leaves)
+        rows.append([escape(str(metric.get("kind", "?"))), f"<code>{escape(str(metric.get('of', '')))}</code>", numbers])
+    return _table(["measure", "of", "numbers"], rows)
+
+
+def _image(path: Path, root: Path) -> str:
+    name = escape(str(path.relative_to(root)), quote=True)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<h3>{name}</h3><img class="sheet" alt="{name}" src="data:image/png;base64,{data}">'
+
+
+def _video(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    source = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
+    return f"<figure>{source}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+# -- where it comes from
+
+
+def _lineage(run: Run) -> str:
+    rows = []
+    for stage in run.stages:
+        if stage.fingerprint:
+            inputs = "<br>".join(f"{escape(name)} <code>{escape(value[:12])}</code>" for name, value in stage.inputs.items())
+            mark = f"<code>{escape(stage.fingerprint[:12])}</code>"
+            rows.append([escape(stage.name), mark, inputs, f"<code>{escape(stage.code)}</code>", escape(stage.created)])
+    machine = next((stage.environment for stage in run.stages if stage.environment), {})
+    packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items() if version)
+    facts = [
+        ("Python", machine.get("python")),
+        ("system", machine.get("platform")),
+        ("cores", machine.get("cpus")),
+        ("packages", packages),
+    ]
+    told = "".join(f"<div>{name}: {escape(str(value))}</div>" for name, value in facts if value)
+    table = _table(["stage", "fingerprint", "reads", "code", "made"], rows)
+    return f'<section><h2>Lineage</h2>{table}<h3>machine</h3><div class="why">{told}</div></section>' if rows else ""
+
+
+def _configs(run: Run) -> str:
+    items = [("the recipe", run.recipe)] if run.recipe else []
+    items += [(stage.name, stage.config) for stage in run.stages if stage.config]
+    texts = [(name, json.dumps(config, indent=2, ensure_ascii=False)) for name, config in items]
+    blocks = "".join(f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" for name, text in texts)
+    return f"<section><h2>Config</h2>{blocks}</section>" if blocks else ""
+
+
+# -- small pieces
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    """A table; cells are HTML that was escaped already."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        marks = [' class="n"' if index in numeric else "" for index in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, cells, strict=True)) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table>{line([escape(cell) for cell in head], "th")}{body}</table></div>'
+
+
+def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for name, item in value.items() for leaf in _leaves(item, f"{key}.{name}" if key else str(name))]
+    return [(key, value)]
+
+
+def _say(value: Any) -> str:
+    return number(value) if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
