@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from videofm.config.data import DemoDataConfig
 from videofm.data.shapes import BACKGROUND_LEVELS, COLOURS, DIRECTIONS, MAX_TINT, Motif, captions, motifs
@@ -133,8 +134,10 @@ def write_video(path: Path, frames: np.ndarray[Any, Any], fps: int) -> None:
     with av.open(str(temporary), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        converter = VideoReformatter()
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(converter.reformat(frame, format="yuv420p", threads=1)))
         container.mux(stream.encode(None))
     temporary.replace(path)
 

@@ -27,6 +27,9 @@ from videofm.errors import DataError, VideofmError
 _WORKER_DEATHS = 2
 """A task whose worker process dies is begun again this often; the attempts log keeps a source from doing that twice."""
 
+LOOPBACK = "127.0.0.2"
+"""Address of a local node. Ray takes 127.0.0.1 for a slip and puts the machine's outward address in its place."""
+
 
 @contextmanager
 def cluster(config: EngineConfig) -> Iterator[None]:
@@ -52,7 +55,7 @@ def cluster(config: EngineConfig) -> Iterator[None]:
             ray.init(
                 num_cpus=config.num_workers or os.cpu_count(),
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
+                _node_ip_address=LOOPBACK,
                 _temp_dir=folder,
                 object_store_memory=config.object_store_mib * 2**20,
                 log_to_driver=False,

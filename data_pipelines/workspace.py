@@ -18,7 +18,10 @@ import av
 import cv2
 import numpy as np
 
+from av.video.reformatter import VideoReformatter
+
 from data_pipelines.rows import SourceInfo, Unusable
+from videofm.data.decoders.pyav import Converter
 
 FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,ivf,h264,hevc"
 """Containers that are opened. Playlists (hls, dash, concat) are not among them: they read other files."""
@@ -198,11 +201,11 @@ def _decoded(path: Path) -> Iterator[Any]:
 
 
 def _rgb_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
+    to_rgb = Converter()
     for frame in _decoded(path):
-        quarter_turns, rest = divmod(int(frame.rotation), 90)
-        if rest:
+        if frame.rotation % 90:
             raise Unusable("odd_rotation", f"rotated by {frame.rotation} degrees")
-        yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns))
+        yield to_rgb(frame)
 
 
 def _scan(path: Path, detector: CutDetector | None) -> Scan:
@@ -211,15 +214,16 @@ def _scan(path: Path, detector: CutDetector | None) -> Scan:
     brightness: list[float] = []
     cuts: list[int] = []
     before: np.ndarray[Any, Any] | None = None
+    scaler = VideoReformatter()
     for index, frame in enumerate(_decoded(path)):
         scale = min(1.0, SCAN_WIDTH / frame.width)
         size = {"width": max(2, round(frame.width * scale)), "height": max(2, round(frame.height * scale))}
-        image = frame.to_ndarray(format="bgr24", **size)
+        image = scaler.reformat(frame, format="bgr24", threads=1, **size).to_ndarray()
         # Colours and not luminance alone: a green shape on grey of the same luminance moves, too.
-        change = 0.0 if before is None or before.shape != image.shape else float(cv2.absdiff(image, before).mean()) / 255.0
+        change = 0.0 if before is None or before.shape != image.shape else float(np.mean(cv2.mean(cv2.absdiff(image, before))[:3])) / 255.0
         times.append(float(frame.pts * frame.time_base))
         motion.append(change)
-        brightness.append(float(image.mean(axis=(0, 1)) @ _LUMINANCE) / 255.0)
+        brightness.append(float(np.dot(cv2.mean(image)[:3], _LUMINANCE)) / 255.0)
         if detector is not None:
             cuts.extend(detector.observe(index, image))
         before = image

@@ -150,7 +150,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(recipes.dry_run(recipe, arguments.force))
     else:
         recipes.run_recipe(recipe, arguments.until, arguments.force)
-        print(f"{recipe.name}: done. Run directory: {recipe.run}")
+        print(f"{recipe.name}: done{' up to ' + arguments.until if arguments.until else ''}. Run directory: {recipe.run}")
         for name in ("report.html", "export"):
             if (Path(recipe.run) / name).exists():
                 print(f"  {Path(recipe.run) / name}")

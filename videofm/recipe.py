@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from videofm.config.recipe import ExportConfig, RecipeConfig, StageConfig
 from videofm.config.source import interpolate
-from videofm.errors import ConfigError, Interrupted
+from videofm.errors import ConfigError, DataError, Interrupted
 from videofm.progress import LOG, setup_logging
 from videofm.registry import nearest, resolve
 from videofm.run_dir import RunDirectory, code_version, fingerprint, now, write_json
@@ -64,7 +64,7 @@ class Plan:
     def table(self) -> str:
         """Stages and states as text."""
         rows = [("stage", "kind", "state", "reads", "why")]
-        rows += [(s.name, s.config.kind, s.state, ", ".join(s.inputs) or "-", s.reason) for s in self.stages]
+        rows += [(s.name, s.config.kind, s.state, _few(list(s.inputs)), s.reason) for s in self.stages]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -190,6 +190,11 @@ def _move_aside(stage: PlannedStage, run: Path) -> None:
     LOG.info("%s: the old run directory is kept as %s", stage.name, target)
 
 
+def _few(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "-"
+
+
 def save_plan(chain: Plan) -> None:
     """`RUN/recipe.json`: what the report needs to know about the chain."""
     stages = {
@@ -210,7 +215,8 @@ def save_plan(chain: Plan) -> None:
 def dry_run(recipe: RecipeConfig, force: str | None = None) -> str:
     """Resolve and check everything, build what can be built, run nothing. Returns the table and one remark a stage."""
     chain = plan(recipe, force)
-    remarks = [f"{stage.name}: {check_stage(stage.config, _absent(stage, chain))}" for stage in chain.stages]
+    checks = {stage.name: check_stage(stage.config, _absent(stage, chain)) for stage in chain.stages}
+    remarks = [f"{name}: {text}".replace("\n", "\n    ") for name, text in checks.items()]
     return "\n".join([chain.table(), "", *remarks, "", f"run directory: {chain.path}; nothing was run"])
 
 
@@ -221,9 +227,9 @@ def _absent(stage: PlannedStage, chain: Plan) -> list[str]:
 def check_stage(config: Any, absent: list[str] | None = None) -> str:
     """Build what stage `config` would build, unless its inputs (`absent`) are not there yet; say what was checked."""
     if absent:
-        return f"schema checked only; it reads {', '.join(absent)}, not finished yet"
+        return f"schema checked only; it reads {_few(absent)}, not finished yet"
     if config.kind == "curate" and not Path(config.source).is_dir():
-        raise ConfigError(f"source = {config.source!r}: there is no such folder (the current directory is {Path.cwd()})")
+        raise DataError(f"the source folder {config.source} does not exist (the current directory is {Path.cwd()})")
     if config.kind == "train" and importlib.util.find_spec(DRY_RUN.partition(":")[0]) is not None:
         return str(resolve(DRY_RUN)(config))
     return "schema checked"

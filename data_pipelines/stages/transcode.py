@@ -14,6 +14,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from data_pipelines.rows import ClipFile, Rejected, Row, Unusable
 from data_pipelines.workspace import Workspace
@@ -48,12 +49,14 @@ class TranscodeStage:
             stream: Any = container.add_stream("libx264", rate=Fraction(wanted.fps).limit_denominator(1001), options=options)
             stream.height, stream.width, stream.pix_fmt = wanted.height, wanted.width, "yuv420p"
             stream.codec_context.gop_size = wanted.gop
+            converter = VideoReformatter()  # one, on one thread: the encoder's own starts threads for each frame
             for image, count in zip(frames, repeats, strict=True):
                 if not count:
                     continue
                 fitted = fit(image, wanted.height, wanted.width)
                 for _ in range(count):
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(fitted, format="rgb24")))
+                    frame = av.VideoFrame.from_ndarray(fitted, format="rgb24")
+                    container.mux(stream.encode(converter.reformat(frame, format="yuv420p", threads=1)))
             container.mux(stream.encode(None))
 
     def _verify(self, path: Path, num_frames: int) -> None:

@@ -38,7 +38,9 @@ OPTIONAL_WRAPPERS = {
     "videofm/progress.py": "rich, on a terminal only",
     "videofm/train/callbacks.py": "wandb, where it is switched on",
     "videofm/data/decoders/torchcodec.py": "torchcodec",
+    "videofm/data/decoders/pyav.py": "av",
     "videofm/data/decoders/decord.py": "decord",
+    "data_pipelines/metrics.py": "rich, so that workers do not load it",
 }
 """Files that wrap a dependency which may be absent or dear, with the dependency."""
 

@@ -56,7 +56,7 @@ def _environment() -> dict[str, str]:
         (["train", "recipe.yaml"], 2, "recipe.yaml is a recipe"),
         (["train", "recipe.yaml", "--stage", "curate"], 2, "is of kind 'curate'"),
         (["curate", "."], 2, "is a folder"),
-        (["curate", "curate.yaml", "--dry-run"], 2, "there is no such folder"),
+        (["curate", "curate.yaml", "--dry-run"], 1, "the source folder nowhere does not exist"),
         (["report", "curate.yaml"], 2, "source = 'nowhere'"),
         (["report", "."], 1, "is no run directory"),
         (["schema", "recip"], 2, "did you mean 'recipe'"),

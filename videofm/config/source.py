@@ -212,7 +212,8 @@ def override(source: Source, overrides: Iterable[str]) -> None:
         if not equals or not key.strip():
             raise ConfigError(f"{name}: an override is `key.path=value`, for example `trainer.max_steps=100`")
         parts: list[str] = key.strip().split(".")
-        container, path = source.values, ()
+        container: Any = source.values
+        path: Path_ = ()
         for depth, part in enumerate(parts):
             index = _index(container, part, name, ".".join(parts[:depth]))
             path = (*path, index)

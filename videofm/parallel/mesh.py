@@ -37,6 +37,9 @@ class Mesh:
     data_rank: int
     data_degree: int
     device: torch.device
+    pipe_degree: int = 1
+    context_degree: int = 1
+    tensor_degree: int = 1
 
     @property
     def data_group(self) -> dist.ProcessGroup:

@@ -91,14 +91,21 @@ def binned(points: Points, most: int = MAX_POINTS) -> Points:
 
 
 def smoothed(points: Points, log: bool = False) -> Points:
-    """A moving average without lag: the mean (of logarithms, if `log`) over a window of a twentieth of the points."""
+    """At each point the value of a straight line fitted to its neighbours, a twentieth of all points (in log y, if `log`).
+
+    A moving average would bend off at both ends, where a window has neighbours on one side only.
+    """
     reach = len(points) // 40
     ys = [math.log(y) if log else y for _, y in points]
     result = []
     for index, (x, _) in enumerate(points):
-        half = min(reach, index, len(points) - 1 - index)
-        mean = math.fsum(ys[index - half : index + half + 1]) / (2 * half + 1)
-        result.append((x, math.exp(mean) if log else mean))
+        window = range(max(0, index - reach), min(len(points), index + reach + 1))
+        middle = (window[0] + window[-1]) / 2
+        mean = math.fsum(ys[near] for near in window) / len(window)
+        spread = math.fsum((near - middle) ** 2 for near in window)
+        slope = math.fsum((near - middle) * ys[near] for near in window) / spread if spread else 0.0
+        value = mean + slope * (index - middle)
+        result.append((x, math.exp(value) if log else value))
     return result
 
 

@@ -12,6 +12,7 @@ from videofm.run_dir import RunDirectory, read_json, read_jsonl
 
 IMAGE_LIMIT, IMAGE_BYTES = 8, 8 << 20
 VIDEO_LIMIT, VIDEO_BYTES = 12, 6 << 20
+FUNNEL_COUNTS = {"stage", "num_in", "num_out", "num_made"}
 SKIPPED_FOLDERS = (
     "attempts",
     "checkpoints",
@@ -46,7 +47,8 @@ class Stage:
     environment: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    funnel: dict[str, Any] | None = None
+    funnel: list[dict[str, Any]] = field(default_factory=list)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     images: list[Path] = field(default_factory=list)
     videos: list[tuple[Path, str]] = field(default_factory=list)
@@ -101,7 +103,9 @@ def read_stage(name: str, path: Path, planned: dict[str, Any]) -> Stage:
     stage.num_attempts = len(list((path / "attempts").glob("[0-9]*")))
     _read_outcome(stage, _tolerant(stage, lambda: run.outcome, None))
     stage.metrics = _tolerant(stage, run.metrics, [])
-    stage.funnel = _tolerant(stage, lambda: _first_json(path, "funnel.json"), None)
+    funnel = _tolerant(stage, lambda: _first_json(path, "funnel.json"), None) or {}
+    stage.funnel = [step for step in funnel.get("funnel", []) if step.keys() >= FUNNEL_COUNTS]
+    stage.quarantine = _tolerant(stage, lambda: list(read_jsonl(path / "quarantine.jsonl")), [])
     evaluation = _tolerant(stage, lambda: _first_json(path, "evaluation.json"), None) or {}
     stage.evaluation = [metric for metric in evaluation.get("metrics", []) if isinstance(metric, dict)]
     stage.images = images_of(path)

@@ -30,6 +30,7 @@ CURVES = {
     "lr": "learning rate",
     "samples_per_second": "clips a second",
 }
+QUARANTINE_LIMIT = 50
 NOT_CURVES = ("step", "attempt", "time", "seconds", "data_wait", "sigma", "epoch")
 
 
@@ -67,9 +68,8 @@ def _cards(run: Run) -> str:
     if seconds:
         cards.append((duration(sum(seconds)), "in finished stages"))
     for stage in run.stages:
-        steps = funnel_steps(stage.funnel)
-        if steps:
-            cards.append((f"{steps[-1]['out']}", "clips kept"))
+        if stage.funnel:
+            cards.append((str(stage.funnel[-1]["num_made"]), "clips kept"))
         for metric in stage.evaluation:
             if metric.get("kind") == "reconstruction" and "psnr" in metric:
                 cards.append((f"{metric['psnr']:.1f} dB", "reconstruction PSNR"))
@@ -104,7 +104,7 @@ def _tag(state: str) -> str:
 def _results(stage: Stage) -> str:
     if stage.state != "finished" and stage.message:
         return f'<span class="why">{escape(stage.message.splitlines()[0][:200])}</span>'
-    leaves = [(key, value) for key, value in _leaves(stage.results) if not isinstance(value, str) or len(value) < 60]
+    leaves = [(key, value) for key, value in _leaves(stage.results) if len(str(value)) < 60]
     text = ", ".join(f"{key} {_say(value)}" for key, value in leaves[:5])
     return f'<span class="why">{escape(text)}</span>'
 
@@ -125,47 +125,44 @@ def _stage(stage: Stage) -> str:
     if stage.state == "failed":
         parts.append(f'<p class="note">{escape(stage.message)}</p>')
     parts += [f'<p class="note">could not be read: {escape(problem)}</p>' for problem in stage.problems]
-    parts += [_funnel(stage.funnel), _curves(stage.metrics), _throughput(stage.metrics), _evaluation(stage.evaluation)]
+    parts += [_funnel(stage), _curves(stage.metrics), _throughput(stage.metrics), _evaluation(stage.evaluation)]
     parts += [_image(image, stage.path) for image in stage.images]
     if stage.videos:
         parts.append(f'<h3>videos</h3><div class="videos">{"".join(_video(*video) for video in stage.videos)}</div>')
     return "".join(parts) + "</section>"
 
 
-def funnel_steps(funnel: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of funnel.json that have a name and counts."""
-    steps = (funnel or {}).get("stages", [])
-    return [step for step in steps if isinstance(step, dict) and {"name", "in", "out"} <= step.keys()]
-
-
-def _funnel(funnel: dict[str, Any] | None) -> str:
-    steps = funnel_steps(funnel)
+def _funnel(stage: Stage) -> str:
+    """The table of funnel.json with bars, and the list of broken files."""
+    steps = stage.funnel
     if not steps:
         return ""
-    most = max([max(step["in"], step["out"]) for step in steps] + [1])
+    most = max([max(step["num_in"], step["num_made"]) for step in steps] + [1])
     rows = []
     for step in steps:
-        reasons = {**step.get("dropped", {})}
-        reasons |= {name: step[name] for name in ("errors", "quarantined") if step.get(name)}
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -_count(item[1])))
-        kept, came = 100 * step["out"] / most, 100 * step["in"] / most
-        bar = f'<div class="bar"><i class="lost" style="width:{came:.2f}%"></i><i style="width:{kept:.2f}%"></i></div>'
-        unit = f" {step['unit']}" if isinstance(step.get("unit"), str) else ""
-        rows.append(
-            [
-                escape(str(step["name"])),
-                f"{step['in']}",
-                f"{step['out']}{escape(unit)}",
-                bar,
-                f'<span class="why">{escape(why)}</span>',
-            ]
-        )
-    table = _table(["step", "in", "kept", "", "why not"], rows, numeric=(1, 2))
-    return f"<h3>funnel: what was kept, and why the rest was not</h3>{table}"
+        reasons = [
+            f"{count} {reason}" + (f" ({kind})" if kind != "dropped" else "")
+            for kind in ("dropped", "quarantined", "errors")
+            for reason, count in sorted(step.get(kind, {}).items(), key=lambda item: -item[1])
+        ]
+        made, came = 100 * step["num_made"] / most, 100 * step["num_in"] / most
+        bar = f'<div class="bar"><i class="lost" style="width:{came:.2f}%"></i><i style="width:{made:.2f}%"></i></div>'
+        counts = [str(step["num_in"]), str(step["num_out"]), str(step["num_made"])]
+        why = f'<span class="why">{escape(", ".join(reasons))}</span>'
+        rows.append([escape(str(step["stage"])), *counts, bar, why])
+    table = _table(["step", "in", "kept", "made of them", "", "why not"], rows, numeric=(1, 2, 3))
+    return f"<h3>funnel: what was kept, and why the rest was not</h3>{table}{_quarantine(stage)}"
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else len(value) if isinstance(value, list | dict) else 0
+def _quarantine(stage: Stage) -> str:
+    if not stage.quarantine:
+        return ""
+    names = ("source", "stage", "reason", "detail")
+    rows = [[escape(str(row.get(name, ""))[:300]) for name in names] for row in stage.quarantine[:QUARANTINE_LIMIT]]
+    more = len(stage.quarantine) - len(rows)
+    rest = f'<p class="why">and {more} more in quarantine.jsonl</p>' if more else ""
+    summary = f"<summary>{len(stage.quarantine)} broken files, set aside</summary>"
+    return f"<details open>{summary}{_table(names, rows)}{rest}</details>"
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 CSS = """
 :root { --ink: #1b1f24; --soft: #667078; --line: #e3e6ea; --paper: #f6f7f9; --card: #ffffff; --accent: #2f6fde; --raw: #b9cdf3;
   --good: #1a7f4b; --warn: #a86400; --bad: #c22f2f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #98a2ad; --line: #2d333b; --paper: #14171b; 
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #98a2ad; --line: #2d333b; --paper: #14171b;
   --card: #1c2026;  --accent: #6aa1ff; --raw: #34507f; --good: #4cc38a; --warn: #e0a33e; --bad: #ff7b72; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
@@ -16,7 +16,7 @@ h3 { font-size: 14px; margin: 20px 0 8px; color: var(--soft); font-weight: 600; 
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 16px 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 16px 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
-.card b { display: block; font-size: 23px; font-variant-numeric: tabular-nums; line-height: 1.25; }
+.card b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .card span { color: var(--soft); font-size: 13px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -24,12 +24,13 @@ th { text-align: left; color: var(--soft); font-weight: 600; font-size: 13px; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 td.n, th.n { text-align: right; }
+a { color: var(--accent); }
 code, pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px;
   overflow: auto; max-height: 480px; margin: 8px 0; }
 .tag { display: inline-block; border-radius: 20px; padding: 0 10px; font-size: 13px; border: 1px solid currentColor;
   white-space: nowrap; }
-.finished { color: var(--good); } .interrupted { color: var(--warn); } 
+.finished { color: var(--good); } .interrupted { color: var(--warn); }
 .failed { color: var(--bad); } .other { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 18px 26px; }
 figure { margin: 0; position: relative; min-width: 0; }

@@ -39,14 +39,14 @@ class Pipeline:
         """The pipeline of a DiT's training run, of a checkpoint of it, or of an exported folder.
 
         Args:
-            path: the run, checkpoint or folder.
+            path: the run (also that of an `export` stage), checkpoint or folder.
             ema: take the moving average of the weights where the run keeps one.
             device: where the models go; None takes CUDA where there is one.
 
         Raises:
             CheckpointError: `path` is missing, or holds no DiT, VAE and text encoder.
         """
-        path = Path(path)
+        path = models_folder(path)
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: give a training run of a DiT, a checkpoint, or an exported folder.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,6 +177,16 @@ def generate(
         batch_size=batch_size,
         **size,
     )
+
+
+def models_folder(path: str | Path) -> Path:
+    """`path`, or what it wrote where it is the run directory of an `export` stage."""
+    path = Path(path)
+    if (path / "lineage.json").exists():
+        config = read_json(path / "config.yaml")
+        if config.get("kind") == "export":
+            return Path(config["output"])
+    return path
 
 
 @contextmanager

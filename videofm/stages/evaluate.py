@@ -33,7 +33,7 @@ from videofm.parallel.rng import KeyedRng
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, read_jsonl, write_json
 from videofm.sampling import Pipeline
-from videofm.sampling.pipeline import evaluating
+from videofm.sampling.pipeline import evaluating, models_folder
 from videofm.types import Batch
 
 _BATCH_SIZE = 8
@@ -175,9 +175,10 @@ def _read(metric: ClipMetric, record: ClipRecord, decoder: decode.Decoder) -> Te
 
 
 def _existing(path: str) -> Path:
-    if not Path(path).exists():
+    folder = models_folder(path)
+    if not folder.exists():
         raise CheckpointError(f"run = {path!r} does not exist: give a training run, a checkpoint, or an exported folder.")
-    return Path(path)
+    return folder
 
 
 def _device() -> str:

@@ -21,6 +21,7 @@ from videofm.progress import progress
 from videofm.run_dir import RunDirectory, write_atomic
 from videofm.sampling import Pipeline
 from videofm.sampling.noise import video_seed
+from videofm.sampling.pipeline import models_folder
 from videofm.stages.diffusers_process import run_diffusers
 
 _SHEET_VIDEOS = 96
@@ -40,7 +41,7 @@ def run(config: SampleConfig, run: RunDirectory) -> dict[str, Any]:
         CheckpointError: the model is missing, or is not one that this sampler loads.
         Interrupted: stopped on request; finished videos stay.
     """
-    if not Path(config.run).exists():
+    if not models_folder(config.run).exists():
         raise CheckpointError(f"run = {config.run!r} does not exist: give a training run of a DiT, a checkpoint, or an export.")
     prompts = read_prompts(config)
     folder = run.path / "samples"
@@ -107,8 +108,8 @@ def _with_videofm(config: SampleConfig, run: RunDirectory, prompts: list[str], d
 def _with_diffusers(config: SampleConfig, run: RunDirectory, prompts: list[str], done: int) -> None:
     if config.num_steps < 2 or config.height % _PUBLIC_MULTIPLE or config.width % _PUBLIC_MULTIPLE:
         raise ConfigError(
-            f"num_steps {config.num_steps} at {config.height}x{config.width}: LTXPipeline of diffusers takes 2 steps or more (its "
-            f"schedule is undefined for 1), and a height and width in multiples of {_PUBLIC_MULTIPLE}."
+            f"num_steps {config.num_steps} at {config.height}x{config.width}: LTXPipeline of diffusers takes 2 steps or more "
+            f"(its schedule is undefined for 1), and a height and width in multiples of {_PUBLIC_MULTIPLE}."
         )
     wanted = range(done, len(prompts))
     settings = ("num_frames", "height", "width", "fps", "num_steps", "guidance_scale", "batch_size")
@@ -128,7 +129,7 @@ def _with_diffusers(config: SampleConfig, run: RunDirectory, prompts: list[str],
                 media.write_video(_video_path(run.path / "samples", index), frames, config.fps)
                 bar.advance(1)
 
-        run_diffusers(Path(config.run), run, request, take)
+        run_diffusers(models_folder(config.run), run, request, take)
     assert not waiting, f"the child ended well, but made no video {waiting}"
 
 

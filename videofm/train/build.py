@@ -44,6 +44,7 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
     for role, model in models_.items():
         trained = role in trained_roles(objective)
         model.to(mesh.device).train(trained).requires_grad_(trained)
+        _parallelize(model, mesh, config, role)
     engines = {phase: PhaseEngine(models_, objective, phase, config, mesh) for phase in objective.phases}
     averages = {}
     if config.optimizer.ema_decay > 0:
@@ -52,6 +53,12 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
             for role in trained_roles(objective)
         }
     return Job(config, run, mesh, models_, objective, engines, averages, loader, trained_roles(objective))
+
+
+def _parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, role: str) -> None:
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16_autocast" else None
+    options = models.ParallelOptions(attention=config.models[role].attention, dtype=dtype)
+    models.model_spec(model.spec_name).parallelize(model, mesh, options)
 
 
 def build_objective(config: TrainConfig) -> Objective:
@@ -83,8 +90,6 @@ def build_models(config: TrainConfig, device: str = "cpu") -> dict[str, nn.Modul
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(config.seed, "weights", role))
             built[role] = _build_model(model_config, device)
-        spec = registry.lookup(registry.MODELS, built[role].spec_name, "model")
-        spec.parallelize(built[role], None, {"attention": model_config.attention})
     return built
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -28,15 +30,18 @@ class Metrics:
         _set_aside_rows_after(run, step, attempt)
         self._file = run.metrics_path.open("a", encoding="utf-8")
         self._stack = ExitStack()
-        self._progress = self._stack.enter_context(progress("step", max_steps))
+        self._progress = self._stack.enter_context(progress("step", max_steps, every=math.inf))
         self._progress.start_at(step)
 
     def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
-        """Write the row; flush it with the next line of the console, so that a kill loses little."""
+        """Write the row; flush it with each line of the console, so that a kill loses little."""
         self._file.write(json.dumps({"step": position.step, "attempt": self.attempt, **metrics}) + "\n")
-        self._progress.advance(1, f"loss {metrics['loss']:.4f}")
+        note = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "psnr", "grad_norm") if name in metrics)
+        self._progress.advance(1, note)
         if position.step % self.log_every == 0:
             self._file.flush()
+            if not sys.stderr.isatty():
+                LOG.info("%s", self._progress.line(note))
 
     def after_training(self, job: Job, position: PlanState) -> None:
         """Close the file and the bar."""

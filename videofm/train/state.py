@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from videofm import models
 from videofm.checkpoint.save import CheckpointFiles, newest, prune, read_tensors, write_checkpoint
 from videofm.data.plan import PlanState
-from videofm.errors import CheckpointError
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory, read_json
 from videofm.train.build import Job
@@ -54,12 +53,7 @@ def save_frozen(job: Job) -> None:
 def load_weights(folder: Path, built: Mapping[str, nn.Module], trained: tuple[str, ...]) -> None:
     """Put the checkpoint's weights into freshly built models; before the engines are made, which copy them."""
     for role in trained:
-        state = read_tensors(folder, f"models/{role}/model")
-        result = built[role].load_state_dict(state, strict=False)
-        if result.missing_keys or result.unexpected_keys:
-            raise CheckpointError(
-                f"{folder} does not fit role {role!r}: missing {result.missing_keys[:5]}, unexpected {result.unexpected_keys[:5]}"
-            )
+        models.load_weights(built[role], read_tensors(folder, f"models/{role}/model"), folder)
 
 
 def load_state(job: Job, folder: Path) -> PlanState:
@@ -103,7 +97,7 @@ def whole_weights(job: Job, role: str) -> dict[str, Tensor]:
     model = job.models[role]
     parameters = dict(model.named_parameters())
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in models.weights(model).items():
         parameter = parameters.get(name)
         if parameter is not None:
             value = gather_shard(parameter, local_shard(parameter), job.mesh.gradient_group)

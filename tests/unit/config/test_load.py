@@ -112,8 +112,8 @@ def test_wrong_overrides(write, override: str, match: str) -> None:  # type: ign
 
 
 def test_overrides_reach_defaults_lists_and_whole_sections(write) -> None:  # type: ignore[no-untyped-def]
-    overrides = ["wandb.mode=disabled", "optimizer.betas=[0.8, 0.9]", "optimizer.betas.1=0.95", "data={manifest: other, num_frames: 17, "
-                 "height: 64, width: 64, micro_batch_size: 1}"]  # fmt: skip
+    section = "data={manifest: other, num_frames: 17, height: 64, width: 64, micro_batch_size: 1}"
+    overrides = ["wandb.mode=disabled", "optimizer.betas=[0.8, 0.9]", "optimizer.betas.1=0.95", section]
     config = load(write(TRAIN), overrides, TrainConfig)
     assert config.wandb.mode == "disabled"
     assert config.optimizer.betas == [0.8, 0.95]

@@ -1,4 +1,4 @@
-"""The classifier on clips of the demo renderer: always right, also after compression, blur and fading; and never fooled by nothing."""
+"""The classifier on clips of the demo renderer: right also after compression, blur and fading; not fooled by nothing."""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from videofm import models
 from videofm.config.train import FlowMatchingConfig
 from videofm.objectives.flow_matching import FlowMatchingObjective
+from videofm.ops import flow
 from videofm.ops.patchify import tokens_from_latents
+from videofm.ops.rope import video_coordinates
 from videofm.parallel.rng import KeyedRng
 from videofm.types import Batch, Compression, Conditioning, Posterior
 
@@ -114,6 +116,32 @@ def tiny() -> dict[str, nn.Module]:
         "vae": models.build("vae/ltx", "tiny"),
         "text_encoder": models.build("text/t5", "tiny", num_layers=1, max_length=24),
     }
+
+
+def test_text_is_encoded_once_for_each_caption_and_cut_without_effect(tiny: dict[str, nn.Module]) -> None:
+    """40 tokens of room, captions of at most 10 bytes: 32 columns stay, and the errors are those of the whole text."""
+    text_encoder = models.build("text/t5", "tiny", num_layers=1, max_length=40)
+    asked, encode = [], text_encoder.encode
+
+    def counting(prompts: list[str]) -> Conditioning:
+        asked.append(list(prompts))
+        return encode(prompts)
+
+    text_encoder.encode = counting
+    captions = ["a red one", "", "a red one", "b"]
+    objective, roles = FlowMatchingObjective(config()), tiny | {"text_encoder": text_encoder}
+    clean = torch.randn(4, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigma, fps = torch.tensor([0.1, 0.5, 0.5, 0.9]), torch.full((4,), 25.0)
+    with torch.no_grad():
+        found = objective.velocity_errors(roles, clean, captions, fps, sigma, clean.flip(0))
+        whole = encode(captions)
+        coordinates = video_coordinates((2, 2, 2), fps, tiny["vae"].compression)
+        clean_tokens, noise_tokens = tokens_from_latents(clean), tokens_from_latents(clean.flip(0))
+        predicted = tiny["dit"](flow.add_noise(clean_tokens, noise_tokens, sigma), sigma, whole, coordinates)
+    expected = (predicted - flow.velocity(clean_tokens, noise_tokens)).square().mean(dim=(1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert asked == [["", "a red one", "b"]]
+    assert objective._conditioning(text_encoder, captions).mask.shape == (4, 32)
 
 
 def clips(size: int = 4) -> Batch:

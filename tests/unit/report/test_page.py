@@ -24,7 +24,9 @@ def a_run(path: Path, **results: Any) -> RunDirectory:
     run.start_attempt()
     rows = [{"step": step, "loss": 1.0 / step, "samples_per_second": 10.0, EVIL: float(step)} for step in range(1, 50)]
     run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_json(path / "funnel.json", {"stages": [{"name": EVIL, "in": 5, "out": 3, "dropped": {EVIL: 2}}]})
+    step = {"stage": EVIL, "num_in": 5, "num_out": 3, "num_made": 3, "dropped": {EVIL: 2}}
+    write_json(path / "funnel.json", {"num_sources": 5, "funnel": [step]})
+    (path / "quarantine.jsonl").write_text(json.dumps({"source": EVIL, "stage": "probe", "reason": EVIL}) + "\n")
     write_json(path / "evaluation.json", {"metrics": [{"kind": EVIL, "of": EVIL, "psnr": 30.0, EVIL: EVIL}]})
     (path / "samples").mkdir()
     (path / "samples" / "000.mp4").write_bytes(b"not really a video")
@@ -117,7 +119,7 @@ def test_binning_keeps_the_mean_and_the_last_step() -> None:
 
 
 def test_smoothing_keeps_a_line_straight() -> None:
-    """A symmetric window does not bend or delay a straight line."""
+    """A fitted line follows a straight line exactly, at its ends too."""
     points = [(float(x), 2.0 * x) for x in range(200)]
     assert [y for _, y in smoothed(points)] == pytest.approx([y for _, y in points])
 

@@ -26,7 +26,7 @@ def test_equals_diffusers(num_tokens: int, num_steps: int) -> None:
 
 
 def test_numbers_of_the_spec() -> None:
-    """Spec C.5: 6144 tokens, 20 steps: 1, .9946, .9886, ... .7393, .6696, .5677, .4043, .1, 0; mu is .95 and 2.05 at the ends."""
+    """Spec C.5, 6144 tokens, 20 steps: 1, .9946, .9886, ... .7393, .6696, .5677, .4043, .1, 0; mu at the ends."""
     sigmas = Schedule().sigmas(20, 6144)
     torch.testing.assert_close(sigmas[:3], torch.tensor([1.0, 0.9946, 0.9886]), rtol=0, atol=5e-5)
     torch.testing.assert_close(sigmas[-6:], torch.tensor([0.7393, 0.6696, 0.5677, 0.4043, 0.1, 0.0]), rtol=0, atol=5e-5)

@@ -138,13 +138,15 @@ def test_sample_refuses_what_it_cannot_use(trained: Path, tmp_path: Path) -> Non
 def test_export_is_checked_and_sampled_by_plain_diffusers(trained: Path, tmp_path: Path) -> None:
     """A fresh process without videofm makes, from the same seeds, the videos that we make."""
     output = tmp_path / "model"
-    results = export.run(config("export", run=str(trained), output=str(output)), directory(tmp_path / "export"))
+    wanted = config("export", run=str(trained), output=str(output))
+    exported = RunDirectory.create(tmp_path / "export", wanted)
+    results = export.run(wanted, exported)
     assert results["checked"] is True
     counted = sum(p.numel() for p in Pipeline.load(trained).dit.parameters())
     assert results["num_parameters"]["transformer"] == counted
     ours, theirs = directory(tmp_path / "ours"), directory(tmp_path / "theirs")
     sample.run(sampling_config(trained), ours)
-    sample.run(sampling_config(output, sampler="diffusers"), theirs)
+    sample.run(sampling_config(exported.path, sampler="diffusers"), theirs)  # the stage stands for what it wrote
     for name in ("000.mp4", "001.mp4"):
         difference = media.read_video(ours.path / "samples" / name).astype(int) - media.read_video(
             theirs.path / "samples" / name

@@ -52,6 +52,7 @@ class PyAVDecoder:
             table = _table(container, stream)
             wanted = check_indices(indices, len(table.pts))
             frames: dict[int, np.ndarray[Any, Any]] = {}
+            to_rgb = Converter()
             for index, frame in _decode(container, stream, table, sorted(set(wanted))):
                 frames[index] = to_rgb(frame)
         if len({frame.shape for frame in frames.values()}) > 1:
@@ -59,13 +60,24 @@ class PyAVDecoder:
         return np.stack([frames[index] for index in wanted])
 
 
-def to_rgb(frame: Any) -> np.ndarray[Any, Any]:
-    """A PyAV frame as RGB uint8 `(H, W, 3)`, turned as its metadata says. `rotation` counts degrees counter-clockwise."""
-    image: np.ndarray[Any, Any] = frame.to_ndarray(format="rgb24")
-    quarter_turns, rest = divmod(frame.rotation, 90)
-    if rest:
-        raise DataError(f"the video is rotated by {frame.rotation} degrees; only multiples of 90 can be applied")
-    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns % 4 else image
+class Converter:
+    """Turns PyAV frames into RGB uint8 `(H, W, 3)`, rotated as their metadata says (counted in degrees counter-clockwise).
+
+    It keeps one scaler on one thread: a fresh one for each frame, as `frame.to_ndarray` makes, starts threads and costs more than
+    decoding a small frame.
+    """
+
+    def __init__(self) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self.reformatter = VideoReformatter()
+
+    def __call__(self, frame: Any) -> np.ndarray[Any, Any]:
+        image: np.ndarray[Any, Any] = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        quarter_turns, rest = divmod(int(frame.rotation), 90)
+        if rest:
+            raise DataError(f"the video is rotated by {frame.rotation} degrees; only multiples of 90 can be applied")
+        return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns % 4 else image
 
 
 @contextmanager
