@@ -16,11 +16,12 @@ SOUND = ("done", "stopped")
 
 
 class AttemptsLog:
-    """The attempts of one group, in `path`: lines `{"source", "event": "start"}` and `{"source", "event": "end", "outcome"}`."""
+    """The attempts of a group, in `path`: lines `{"source", "event": "start"}` and `{"source", "event": "end", "outcome"}`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_cut_line(path)
         self._failures: Counter[str] = Counter()
         for line in read_jsonl(path):
             if line["event"] == "start":
@@ -43,11 +44,17 @@ class AttemptsLog:
         self._append({"source": source, "event": "end", "outcome": outcome}, sync=False)
 
     def _append(self, line: dict[str, str], sync: bool) -> None:
-        with self.path.open("a+b") as file:
-            # A crash may have cut the last line short; a newline keeps what follows readable.
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")
+        with self.path.open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             if sync:
                 os.fsync(file.fileno())
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Take away a last line that a crash cut short; what it announced had not begun."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))

@@ -1,7 +1,8 @@
 """The child process in which untrusted media are decoded: `python -m data_pipelines.child`.
 
-It imports what its stages need once, then forks for each source: a source costs a few milliseconds, and runs in a process of its
-own that has a limit on memory (RLIMIT_AS), on CPU time (RLIMIT_CPU) and on wall time, no standard streams, and dies with its parent.
+It imports what its stages need once, then forks for each source: a source costs a few milliseconds, and runs in a process of
+its own that has a limit on memory (RLIMIT_AS), CPU time (RLIMIT_CPU) and wall time, no standard streams, and dies with its
+parent.
 Lines of JSON go in and out:
 
 - first line in: `{"stages": [sections of the config], "scratch": folder, "memory_mib": n, "timeout": seconds a stage}`;
@@ -100,8 +101,8 @@ def run_stages(stages: list[Stage], row: Row, work: Workspace) -> Any:
             except Exception as error:  # a stage must not take the other clips of the source with it
                 losses.append(asdict(_loss(stage.name, item, error)))
         yield {
-            "stage": stage.name, "in": len(rows), "out": num_out, "made": len(made), "losses": losses, "notes": dict(work.notes),
-            "cpu_seconds": time.process_time() - started,
+            "stage": stage.name, "in": len(rows), "out": num_out, "made": len(made), "losses": losses,
+            "notes": dict(work.notes), "cpu_seconds": time.process_time() - started,
         }  # fmt: skip
         rows = made
         if not rows:
@@ -148,7 +149,7 @@ def _gather(pid: int, receive: int, timeout: float) -> dict[str, Any]:
             else:
                 rows = event["rows"]
     _, status = os.waitpid(pid, 0)
-    failure = None
+    failure: dict[str, Any] | None = None
     if hung:
         failure = {"kind": "timeout", "detail": f"no answer within {timeout:g} s"}
     elif rows is None:

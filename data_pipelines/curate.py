@@ -1,8 +1,8 @@
 """Curation: a folder of raw videos -> shards. `run` is what `videofm curate` calls; the run directory is the dataset's folder.
 
-Sources are sorted by id and cut into groups; a group is a Ray task and becomes a shard. The stages form *segments* between barriers
-(`dedup` needs all sources at once): each source runs through a whole segment in one child process. What a group gave is kept in
-`groups/`, so that a run that was stopped or killed goes on where it was, and a finished one has nothing left to do.
+Sources are sorted by id and cut into groups; a group is a Ray task and becomes a shard. The stages form *segments* between
+barriers (`dedup` needs all sources at once): each source runs through a whole segment in one child process. What a group gave
+is kept in `groups/`, so that a run that was stopped or killed goes on where it was, and a finished one has nothing left to do.
 
 ```
 groups/SEGMENT-GROUP.json   report of a group: rows, metrics, losses
@@ -40,8 +40,12 @@ PIPELINE_VERSION = 1
 """Part of the config hash: raise it when a change of code changes what is written."""
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .flv .wmv .asf .ogv .3gp .ivf .h264 .hevc .m4a".split()
-)
+    f".{ending}"
+    for ending in (
+        "mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "m2ts", "mts", "flv", "wmv", "asf", "ogv", "3gp", "ivf",
+        "h264", "hevc", "m4a",
+    )
+)  # fmt: skip
 SIDECAR_SUFFIXES = frozenset([".txt", ".json", ".jsonl"])
 
 
@@ -108,7 +112,7 @@ def plan_segments(config: CurateConfig) -> list[tuple[list[dict[str, Any]], Any]
         else:
             segments[-1][0].append(section.model_dump(mode="json"))
     if seen[-1] != "transcode":
-        raise ConfigError(f"stages: the last one must be 'transcode', which makes what is packed; the order is {_names(config)}")
+        raise ConfigError(f"stages: the last must be 'transcode', which makes what is packed; the order is {_names(config)}")
     return segments
 
 
@@ -139,7 +143,7 @@ def find_sources(folder: Path, output: Path) -> tuple[list[Row], int]:
             ignored += path.suffix.lower() not in SIDECAR_SUFFIXES
     if not rows:
         endings = " ".join(sorted(VIDEO_SUFFIXES))
-        raise DataError(f"the source folder {folder} holds no video file (looked for {endings}); {ignored} other files are there")
+        raise DataError(f"{folder} holds no video file (looked for {endings}); {ignored} other files lie there")
     return sorted(rows, key=lambda row: row.source_id), ignored
 
 
@@ -184,7 +188,8 @@ class _Session:
                     reports[job.group] = report
                     bar.advance(len(job.rows))
         if len(reports) < len(jobs):
-            raise Interrupted(f"curation stopped with {len(reports)} of {len(jobs)} groups done ({label}); run it again to go on")
+            done = f"{len(reports)} of {len(jobs)} groups done"
+            raise Interrupted(f"curation stopped with {done} ({label}); run it again to go on")
         for name in sorted(reports):
             self.funnel.add_group(reports[name]["metrics"], reports[name]["losses"])
         return [Row.from_json(row) for name in sorted(reports) for row in reports[name]["rows"]]
@@ -215,8 +220,8 @@ class _Session:
             return
         if entry.config_hash != self.hash:
             raise DataError(
-                f"{self.run.path} holds shards of another config (hash {entry.config_hash[:12]}, this one is {self.hash[:12]}); "
-                "choose another run directory"
+                f"{self.run.path} holds shards of another config (hash {entry.config_hash[:12]}, this one is "
+                f"{self.hash[:12]}); choose another run directory"
             )
         if report is None:
             raise self._changed(job.group)
@@ -253,8 +258,8 @@ def _run_barrier(section: Any, rows: Sequence[Row], funnel: Funnel) -> list[Row]
 def _ensure_splits(folder: Path, share: float) -> dict[str, int]:
     """See to it that with two sources or more neither split is empty; the number of clips of each split.
 
-    A source's split is a function of its id alone, except here: of a few sources chance may put all on one side, and then the one
-    whose number lies nearest to the other side moves.
+    A source's split is a function of its id alone, except here: of a few sources chance may put all on one side, and then the
+    one whose number lies nearest to the other side moves.
     """
     entries = shards.read_entries(folder)
     sources = {r.source_id: (entry, r.split) for entry in entries for r in shards.read_index(folder, entry)}

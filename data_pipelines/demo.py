@@ -1,6 +1,7 @@
 """The demo set: short H.264 files of coloured shapes that move, with captions, and broken files that curation must catch.
 
-Every byte follows from the config: a shot is drawn by a generator keyed by (seed, video, shot), and the encoder runs on one thread.
+Every byte follows from the config: a shot is drawn by a generator keyed by (seed, video, shot), and the encoder has one
+thread.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from videofm.config.data import DemoDataConfig
-from videofm.data.shapes import BACKGROUND_LEVELS, COLOURS, DIRECTIONS, MAX_TINT, Motif, captions, motifs
 from videofm.errors import Interrupted
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, write_atomic, write_json
+from videofm.shapes import BACKGROUND_LEVELS, COLOURS, DIRECTIONS, MAX_TINT, Motif, captions, motifs
 
 RADIUS = 7 / 32
 """Radius of a circle, and half the side of a square times 1.1, over the side of the frame."""
@@ -53,7 +54,9 @@ def run(config: DemoDataConfig, run: RunDirectory) -> dict[str, Any]:
 
 def plan_shots(config: DemoDataConfig) -> list[list[Motif]]:
     """What each shot of each video shows. Over the set every motif comes as often as any other (to within one)."""
-    rng, deck, plan = np.random.default_rng([config.seed, 0]), [], []
+    rng = np.random.default_rng([config.seed, 0])
+    deck: list[Motif] = []
+    plan: list[list[Motif]] = []
     for _ in range(config.num_videos):
         while len(deck) < config.shots_per_video:
             deck += [motifs()[i] for i in rng.permutation(len(motifs()))]
@@ -64,13 +67,12 @@ def plan_shots(config: DemoDataConfig) -> list[list[Motif]]:
 
 def caption_spans(shots: list[Motif], num_frames: int) -> list[dict[str, Any]]:
     """The sidecar's intervals, end exclusive, for shots of `num_frames` frames."""
-    return [
-        {"start_frame": i * num_frames, "end_frame": (i + 1) * num_frames, "caption": motif.caption} for i, motif in enumerate(shots)
-    ]
+    spans = [(i * num_frames, (i + 1) * num_frames, motif.caption) for i, motif in enumerate(shots)]
+    return [{"start_frame": start, "end_frame": stop, "caption": caption} for start, stop, caption in spans]
 
 
 def render_video(config: DemoDataConfig, index: int, shots: list[Motif]) -> np.ndarray[Any, Any]:
-    """The frames of video `index`, uint8 `(T, H, W, 3)`: its shots one after the other, on backgrounds that differ enough to cut at."""
+    """The frames of video `index`, uint8 `(T, H, W, 3)`: its shots, on backgrounds that differ enough for a cut to be found."""
     parts = []
     for number, motif in enumerate(shots):
         rng = np.random.default_rng([config.seed, 1, index, number])
@@ -86,7 +88,7 @@ def render_shot(
 
     Args:
         rng: draws background, place and speed (0.8 to 1 pixel a frame at size 32, less where that would leave the frame).
-        light: whether the background comes from the lighter half of its range; None draws that too. Neighbours in a video alternate.
+        light: whether the background is of the lighter half of its range; None draws that too. Neighbours in a video differ.
     """
     light = bool(rng.integers(2)) if light is None else light
     background = _background(size, rng, light)
@@ -130,10 +132,10 @@ def _coverage(shape: str, ys: np.ndarray[Any, Any], xs: np.ndarray[Any, Any], ra
 def write_video(path: Path, frames: np.ndarray[Any, Any], fps: int) -> None:
     """Write `(T, H, W, 3)` uint8 as H.264 MP4; replaces `path` once it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    options = {"crf": "12", "preset": "veryfast", "threads": "1"}
+    options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}  # see stages/transcode.py
     with av.open(str(temporary), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         converter = VideoReformatter()
         for image in frames:
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -180,8 +182,9 @@ def _write_audio(path: Path) -> None:
 
 
 def _tone(rate: int) -> Iterator[Any]:
-    samples = (0.2 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)).astype(np.float32)
-    for start in range(0, rate, 1024):
+    length = 16 * 1024  # whole frames of AAC: a shorter last one would be filled up with what lies in memory
+    samples = (0.2 * np.sin(2 * np.pi * 440 * np.arange(length) / rate)).astype(np.float32)
+    for start in range(0, length, 1024):
         frame: Any = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], format="fltp", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
         yield frame

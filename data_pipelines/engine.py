@@ -1,7 +1,7 @@
 """The one engine: Ray tasks, on one local node by default or on a cluster.
 
-Core tasks rather than Ray Data: a group is a task that commits its own shard, so blocks, operators and a streaming scheduler would
-have nothing to move, and Ray Data's answers to a worker that dies (retry for ever, or lose the whole block) are the wrong ones here.
+Core tasks rather than Ray Data: a group is a task that commits its own shard, so blocks, operators and a streaming scheduler
+would have nothing to move, and Ray Data's answers to a worker that dies (retry for ever, or lose the block) are wrong here.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LOOPBACK = "127.0.0.2"
 
 @contextmanager
 def cluster(config: EngineConfig) -> Iterator[None]:
-    """A Ray cluster to work on: the one that runs in this process, the one at `config.address`, or a local node for this call.
+    """A Ray cluster to work on: the one of this process, the one at `config.address`, or a local node for this call.
 
-    The local node binds loopback, has no dashboard, sends no usage statistics, and asks for a random token: some of Ray's ports listen on
-    all interfaces whatever it is told. The token lives in the environment of these processes, not in a file.
+    The local node talks over loopback, has no dashboard, sends no usage statistics, and asks for a random token: some of Ray's
+    ports listen on all interfaces whatever it is told. The token lives in the environment of these processes, not in a file.
     """
     if ray.is_initialized():
         yield
@@ -44,12 +44,12 @@ def cluster(config: EngineConfig) -> Iterator[None]:
     handlers = _signal_handlers()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if config.address is None:
-        # `ray.init` of a local node switches token mode on by itself; with a token at hand it makes no file in the user's home. Ray
-        # reads the token once a process, so it stays in the environment.
+        # `ray.init` of a local node switches token mode on by itself; with a token at hand it makes no file in the user's
+        # home. Ray reads the token once a process, so it stays in the environment.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Unix sockets lie in it, and their paths may have 107 bytes: it must be short.
-    folder = tempfile.mkdtemp(prefix="vfm-ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix=f"vfm-ray-{os.getpid()}-", dir="/tmp")
     try:
         if config.address is None:
             ray.init(
@@ -84,7 +84,8 @@ def run_jobs(
     # An idle task slot costs a scheduling round, so one more than can run is kept waiting.
     limit = (config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))) + 1
     task = ray.remote(num_cpus=1, max_retries=_WORKER_DEATHS)(_task)
-    waiting, running = list(reversed(jobs)), {}
+    waiting = list(reversed(jobs))
+    running: dict[Any, Job] = {}
     while running or (waiting and not should_stop()):
         while waiting and not should_stop() and len(running) < limit:
             job = waiting.pop()
@@ -112,7 +113,8 @@ def _result(reference: Any, job: Job) -> dict[str, Any] | None:
         raise
     except ray.exceptions.RayError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the worker of group {job.group} died {_WORKER_DEATHS + 1} times: {first}. Run again to go on") from None
+        times = _WORKER_DEATHS + 1
+        raise DataError(f"the worker of group {job.group} died {times} times: {first}. Run again to go on") from None
 
 
 def _signal_handlers() -> dict[signal.Signals, Any]:

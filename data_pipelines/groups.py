@@ -1,4 +1,4 @@
-"""One group of sources through one segment of stages: what a Ray task does. At the end of the last segment a shard is committed."""
+"""One group of sources through one segment of stages: what a Ray task does. The last segment ends with a committed shard."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def process_group(job: Job, command: Sequence[str] = COMMAND) -> dict[str, Any] 
     """Run a job: every source in a process of its own, with as many attempts as allowed.
 
     Returns:
-        the report `{"config_hash", "inputs_hash", "rows", "metrics", "losses"}`, also written to `job.report_path`; None when a stop was
-        asked for, in which case nothing was committed.
+        the report `{"config_hash", "inputs_hash", "rows", "metrics", "losses"}`, also written to `job.report_path`; None when
+        a stop was asked for, in which case nothing was committed.
     """
     counts = _Counts([section["kind"] for section in job.stages])
     attempts = AttemptsLog(Path(job.folder) / "attempts_log" / f"{job.segment}-{job.group}.jsonl")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,7 +81,7 @@ class Isolate:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
-            threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(
                 self.command,
@@ -102,10 +103,8 @@ class Isolate:
             return None
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
+                with suppress(BrokenPipeError):  # it died with a row unread; its exit code tells
                     stream.close()
-                except BrokenPipeError:
-                    pass  # it died with a row unread; its exit code tells
         try:
             return process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -15,8 +15,8 @@ KINDS = ("dropped", "errors", "quarantined")
 
 @dataclass
 class StageMetrics:
-    """Counts of a stage over all groups. `num_in`, `num_out` and the losses count rows that came in; `num_made` rows that left, which
-    is more where `split` cuts a source into clips. `num_in = num_out + dropped + errors + quarantined`."""
+    """Counts of a stage over all groups. `num_in`, `num_out` and the losses count rows that came in; `num_made` rows that left,
+    which is more where `split` cuts a source into clips. `num_in = num_out + dropped + errors + quarantined`."""
 
     stage: str
     num_in: int = 0

@@ -1,8 +1,8 @@
 """What the stages of curation exchange: rows of paths and facts, never bytes of video; and what a stage is.
 
 A stage takes a row and gives zero or more rows; to refuse one it raises `Rejected` (the clip is sound but not wanted) or
-`Unusable` (the file is broken: it goes to quarantine). A stage whose class says `barrier = True` sees all rows at once instead,
-in the driver, so it must be cheap. Adding a stage is one file, one line in `videofm.registry` and one section in `config/data.py`.
+`Unusable` (the file is broken: it goes to quarantine). A stage whose class says `barrier = True` sees all rows at once, in the
+driver, so it must be cheap. Adding a stage is one file, one line in `videofm.registry` and one section in `config/data.py`.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Unusable(Refusal):
 
 @dataclass(frozen=True)
 class Loss:
-    """A row that left the pipeline. `kind` is `dropped`, `quarantined` or `errors`; `num_rows` is more than one when a crash took
-    all the clips of a source."""
+    """A row that left the pipeline. `kind` is `dropped`, `quarantined` or `errors`; `num_rows` is more than one when a crash
+    took all the clips of a source."""
 
     kind: str
     stage: str

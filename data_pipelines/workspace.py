@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import av
 import cv2
 import numpy as np
-
 from av.video.reformatter import VideoReformatter
 
 from data_pipelines.rows import SourceInfo, Unusable
@@ -36,9 +35,9 @@ _LUMINANCE = np.array([0.114, 0.587, 0.299])  # of blue, green, red (BT.601)
 class Scan:
     """What one pass over the T decoded frames gave.
 
-    `times` (T,) are presentation times in seconds from the first frame; `motion` (T,) the mean absolute change since the frame before,
-    over pixels and colour channels, and `brightness` (T,) the mean luminance, both in [0, 1]; `cuts` are the indices of the first frames
-    of new shots.
+    `times` (T,) are presentation times in seconds from the first frame; `motion` (T,) the mean absolute change since the frame
+    before, over pixels and colour channels, and `brightness` (T,) the mean luminance, both in [0, 1]; `cuts` are the indices of
+    the first frames of new shots.
     """
 
     times: np.ndarray[Any, Any]
@@ -220,7 +219,9 @@ def _scan(path: Path, detector: CutDetector | None) -> Scan:
         size = {"width": max(2, round(frame.width * scale)), "height": max(2, round(frame.height * scale))}
         image = scaler.reformat(frame, format="bgr24", threads=1, **size).to_ndarray()
         # Colours and not luminance alone: a green shape on grey of the same luminance moves, too.
-        change = 0.0 if before is None or before.shape != image.shape else float(np.mean(cv2.mean(cv2.absdiff(image, before))[:3])) / 255.0
+        change = 0.0
+        if before is not None and before.shape == image.shape:
+            change = float(np.mean(cv2.mean(cv2.absdiff(image, before))[:3])) / 255.0
         times.append(float(frame.pts * frame.time_base))
         motion.append(change)
         brightness.append(float(np.dot(cv2.mean(image)[:3], _LUMINANCE)) / 255.0)

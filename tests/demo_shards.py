@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.demo import render_shot
-from videofm.data.shapes import motifs
 from videofm.data.shards import ShardWriter
 from videofm.media import write_video
+from videofm.shapes import motifs
 
 
 def write_demo_shards(

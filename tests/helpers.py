@@ -47,16 +47,22 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def _collect(processes: list[Any], answers: Any, world_size: int, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
+    suspects: list[int] = []
     deadline = time.monotonic() + timeout
     while len(results) < world_size:
         try:
             rank, fine, value = answers.get(timeout=0.2)
         except queue.Empty:
-            dead = [rank for rank, process in enumerate(processes) if rank not in results and process.exitcode not in (None, 0)]
-            assert not dead, f"ranks {dead} died with exit codes {[processes[rank].exitcode for rank in dead]}"
             missing = sorted(set(range(world_size)) - set(results))
+            dead = [rank for rank in missing if processes[rank].exitcode is not None]
+            if dead and not suspects:
+                suspects = dead  # what a rank said before it ended may still be on its way: ask once more
+                continue
+            codes = [processes[rank].exitcode for rank in dead]
+            assert not dead, f"ranks {dead} died with exit codes {codes} and left no result"
             assert time.monotonic() < deadline, f"ranks {missing} were not done after {timeout} s"
             continue
+        suspects = []
         assert fine, f"rank {rank} of {world_size} raised:\n{value}"
         results[rank] = pickle.loads(value)  # bytes that our own child process wrote a moment ago
     return [results[rank] for rank in range(world_size)]

@@ -8,6 +8,7 @@ anywhere re-runs exactly what follows from it. Nothing finished is deleted: a st
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +115,10 @@ def _planned(name: str, recipe: RecipeConfig, before: Plan) -> PlannedStage:
 def _reads(config: BaseModel, stage: PlannedStage, run: Path) -> bool:
     """Whether a string of `config` is the whole run, or lies in what `stage` writes."""
     written = [stage.path] + ([Path(stage.config.output)] if isinstance(stage.config, ExportConfig) else [])
+    folders = [Path(os.path.normpath(folder)) for folder in written]
     for _, text in _strings(config.model_dump(mode="json")):
-        if text and (Path(text) == run or any(Path(text).is_relative_to(folder) for folder in written)):
+        path = Path(os.path.normpath(text)) if text else None
+        if path is not None and (path == Path(os.path.normpath(run)) or any(path.is_relative_to(folder) for folder in folders)):
             return True
     return False
 

@@ -1,7 +1,7 @@
 """The legend of the project, and the small frozen records that its layers exchange.
 
-Letters, in shapes and in names: `B` batch, `C` channels, `T` frames, `H` height, `W` width, `L` tokens, `D` width of the model,
-`N` heads, `K` width of a head, `V` vocabulary or codebook size.
+Letters, in shapes and in names: `B` batch, `C` channels, `T` frames, `H` height, `W` width, `L` tokens, `D` model width,
+`N` heads, `K` head width, `V` vocabulary or codebook size.
 
 - Videos and latents are `(B, C, T, H, W)`; pixels lie in [-1, 1]. Tokens are `(B, L, D)`. Queries, keys, values are `(B, L, N, K)`.
 - `sigma` is the noise level in [0, 1]: 1 is noise, 0 is data. `noisy = (1 - sigma) * clean + sigma * noise`;
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """q, k, v `(B, L, N, K)` and a mask or None (bool, True = may attend, broadcastable to `(B, N, Lq, Lk)`) -> `(B, L, N, K)`."""
+    """q, k, v `(B, L, N, K)`, mask (bool, True = may attend, broadcasts to `(B, N, Lq, Lk)`) or None -> `(B, L, N, K)`."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Caption: take a clip's text from the files beside its source.
 
-The first of these that exists counts: `NAME.txt` (the text), `NAME.json` (`{"caption": text}`, or `{"captions": [{"start_frame": 0,
-"end_frame": 24, "caption": text}, ...]}` with end exclusive: the clip gets the text of the interval that holds its middle frame),
-`captions.jsonl` (lines `{"file": name, "caption": text}`).
+The first of these that exists counts: `NAME.txt` (the text), `NAME.json` (`{"caption": text}`, or `{"captions":
+[{"start_frame": 0, "end_frame": 24, "caption": text}, ...]}` with end exclusive: the clip gets the text of the interval that
+holds its middle frame), `captions.jsonl` (lines `{"file": name, "caption": text}`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class SplitStage:
         scan = work.scan(_SceneDetect(self.config.threshold))
         edges = [0, *scan.cuts, len(scan.times)]
         clips = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             # Edges of the file itself are trimmed too: fades in and out sit there.
             start, stop = start + self.config.edge_trim, stop - self.config.edge_trim
             if stop - start < self.config.min_frames:
@@ -41,7 +42,7 @@ class SplitStage:
         """A shot as clips of at most `max_frames`."""
         count = -(-(stop - start) // self.config.max_frames)
         bounds = [start + (stop - start) * i // count for i in range(count + 1)]
-        return [row.with_(start=a, stop=b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [row.with_(start=a, stop=b) for a, b in itertools.pairwise(bounds)]
 
 
 class _SceneDetect:

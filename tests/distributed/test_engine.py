@@ -79,7 +79,7 @@ def run_rank(folder: Path) -> None:
         def steps(engine, model, average, first, last):
             rows = []
             for step in range(first, last):
-                rows.append(engine.step(toy_batches(step, rank, degree), lr=0.01))  # noqa: B023
+                rows.append(engine.step(toy_batches(step, rank, degree), lr=0.01))
                 average.update(step)
             whole = {n: gather_shard(p, local_shard(p), mesh.gradient_group).clone() for n, p in model.named_parameters()}
             return rows, whole
@@ -120,10 +120,11 @@ def run_rank(folder: Path) -> None:
 
 def launch(folder: Path, degree: int) -> dict:
     folder.mkdir()
+    shared = {"WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(degree)
     ]

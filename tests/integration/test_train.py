@@ -46,7 +46,8 @@ def train(folder: Path, name: str, config: dict, *overrides: str, max_steps: int
     """Start `videofm train` for a config, into the run directory `name`."""
     data = {"manifest": str(folder / "data"), "num_frames": 9, "height": 32, "width": 32, "micro_batch_size": 3}
     trainer = {"max_steps": max_steps, "precision": "fp32", "checkpoint_every": 3, "log_every": 1, "num_threads": 1}
-    full = {**config, "data": {**data, "num_micro_batches": 2, "cache_mib": 64}, "trainer": trainer, "wandb": {"mode": "disabled"}}
+    data |= {"num_micro_batches": 2, "cache_mib": 64}
+    full = {**config, "data": data, "trainer": trainer, "wandb": {"mode": "disabled"}}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(full).replace('"VAE"', json.dumps(str(folder / "vae"))))
     command = [sys.executable, "-m", "videofm", "train", str(path), "--run-dir", str(folder / name), *overrides]

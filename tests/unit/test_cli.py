@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from videofm.cli import VERBS, main
+from videofm.cli import VERBS, _stage_config, main
+from videofm.config import CurateConfig, TrainConfig
+from videofm.errors import ConfigError
+from videofm.run_dir import RunDirectory
 
 RECIPE = """\
 name: tiny
@@ -36,8 +41,6 @@ def run_videofm(*arguments: str, folder: Path) -> subprocess.CompletedProcess[st
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
@@ -107,6 +110,32 @@ def test_ctrl_c_is_clean(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("videofm.config.load.load", interrupt)
     assert main(["run", "recipe.yaml"]) == 75
     assert capsys.readouterr().err == "videofm: interrupted\n"
+
+
+def test_a_training_run_tells_the_sampler_its_sizes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curate = {"kind": "curate", "source": "s", "stages": [{"kind": "transcode", "height": 32, "width": 48, "fps": 12.0}]}
+    RunDirectory.create("clips", CurateConfig.model_validate(curate))
+    train = {
+        "kind": "train",
+        "models": {"dit": {"name": "dit/ltx"}},
+        "objective": {"kind": "flow_matching"},
+        "data": {"manifest": "clips", "num_frames": 17, "height": 32, "width": 48, "micro_batch_size": 1},
+        "optimizer": {"lr": 1e-3},
+        "trainer": {"max_steps": 1},
+    }
+    RunDirectory.create("dit", TrainConfig.model_validate(train))
+    arguments = Namespace(verb="sample", config="dit", overrides=["prompts=[a cat]", "num_frames=9"])
+    config, path = _stage_config(arguments)
+    assert (config.run, config.num_frames, config.height, config.width, config.fps) == ("dit", 9, 32, 48, 12.0)
+    assert path == Path("runs/dit-sample")
+    with pytest.raises(ConfigError, match="give either `prompts`"):
+        _stage_config(Namespace(verb="sample", config="dit", overrides=[]))
+
+
+def test_an_export_lies_in_the_run_by_default(folder: Path) -> None:
+    (folder / "dit").mkdir()
+    config, _ = _stage_config(Namespace(verb="export", config="dit", overrides=[]))
+    assert (config.run, config.output) == ("dit", "dit/export")
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

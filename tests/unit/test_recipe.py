@@ -70,6 +70,11 @@ def test_inputs_follow_from_what_configs_name(tmp_path: Path) -> None:
     }
 
 
+def test_inputs_are_found_however_a_path_is_spelt(tmp_path: Path) -> None:
+    stage = {"kind": "export", "run": "${run}/stages/demo/../curate/./checkpoints", "output": "${run}/export"}
+    assert list(plan(a_recipe(tmp_path, stages={"export": stage})).stage("export").inputs) == ["curate"]
+
+
 def test_what_is_done_is_skipped(tmp_path: Path) -> None:
     results = run_recipe(a_recipe(tmp_path))
     assert CALLS == ["demo", "curate", "export", "evaluate", "report"]

@@ -101,7 +101,9 @@ def newest(checkpoints: Path) -> Path | None:
             continue
         return folder
     if candidates:
-        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {checkpoints} is whole; move the folder away to restart")
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {checkpoints} is whole; move the folder away to start again"
+        )
     return None
 
 

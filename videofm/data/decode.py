@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,7 +94,7 @@ def choose(name: str = "auto") -> Decoder:
     raise DataError("no video decoder works here. " + "; ".join(reasons))
 
 
-@lru_cache(maxsize=None)
+@cache
 def conformance(name: str) -> str | None:
     """Decode a built-in clip whose frames carry their index, and compare; what is wrong, or None. Measured once a process."""
     decoder = get(name)
@@ -113,7 +113,7 @@ def conformance(name: str) -> str | None:
 _SIDE, _BITS, _NUM_FRAMES = 64, 5, 24
 
 
-@lru_cache(maxsize=1)
+@cache
 def bar_code_clip() -> bytes:
     """An H.264 MP4 file of 24 frames, 64x64, with B-frames and key frames every 8, whose frame i shows i as a bar code."""
     buffer = io.BytesIO()

@@ -14,23 +14,22 @@ measured.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow
 import pyarrow.parquet
 
+from videofm.data.files import HashingFile, lock, sha256_of, sync_folder
 from videofm.errors import DataError
 from videofm.run_dir import read_json
 
@@ -42,7 +41,7 @@ _SCORE = "score_"
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """A clip in a shard. `shard` is relative to the dataset's folder; `fps` is in frames a second, sizes in pixels and bytes."""
+    """A clip in a shard. `shard` is relative to the dataset's folder; sizes are in pixels and bytes."""
 
     key: str
     shard: str
@@ -107,8 +106,8 @@ class ShardWriter:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._records: list[ClipRecord] = []
         self._suffix = f".tmp-{os.getpid()}-{os.urandom(4).hex()}"
-        self._file = _HashingFile((self.folder / (self.tar + self._suffix)).open("wb"))
-        self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]
+        self._file = HashingFile((self.folder / (self.tar + self._suffix)).open("wb"))
+        self._archive = tarfile.TarFile(fileobj=cast(IO[bytes], self._file), mode="w", format=tarfile.USTAR_FORMAT)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -167,19 +166,19 @@ class ShardWriter:
             VERSION, self.group, self.tar, self._file.count, self._file.hash.hexdigest(), self.index, index_sha256,
             _count_splits(self._records), self.config_hash, sorted(source_ids),
         )  # fmt: skip
-        with _lock(self.folder / "manifest" / f".shard-{self.group}.lock"):
+        with lock(self.folder / "manifest" / f".shard-{self.group}.lock"):
             if not _manifest_path(self.folder, self.group).exists():
                 os.replace(self.folder / (self.tar + self._suffix), self.folder / self.tar)
                 os.replace(temporary_index, self.folder / self.index)
-                _sync_folder(self.folder / "shards")
-                _sync_folder(self.folder / "index")
+                sync_folder(self.folder / "shards")
+                sync_folder(self.folder / "index")
                 _publish(_manifest_path(self.folder, self.group), entry)
         self._discard()
         committed = read_entry(self.folder, self.group)
         if committed.config_hash != self.config_hash:
             raise DataError(
-                f"group {self.group} of {self.folder} was committed by another config (hash {committed.config_hash[:12]}, this one "
-                f"is {self.config_hash[:12]}); write to another folder"
+                f"group {self.group} of {self.folder} was committed by another config (hash {committed.config_hash[:12]}, "
+                f"this one is {self.config_hash[:12]}); write to another folder"
             )
         return committed
 
@@ -218,9 +217,10 @@ class Manifest:
             raise DataError(f"{folder} has no committed shard (no manifest/shard-*.json); make some with `videofm curate`")
         hashes = sorted({entry.config_hash for entry in entries})
         if len(hashes) > 1:
+            names = ", ".join(value[:12] for value in hashes)
             raise DataError(
-                f"the shards of {folder} come from {len(hashes)} different curation configs ({', '.join(h[:12] for h in hashes)}); "
-                "a dataset has one. Curate again into an empty folder"
+                f"the shards of {folder} come from {len(hashes)} different curation configs ({names}); a dataset has one. "
+                "Curate again into an empty folder"
             )
         return cls(folder, entries)
 
@@ -315,28 +315,6 @@ def assign_split(folder: Path, entry: Entry, source_id: str, split: str) -> Entr
     return updated
 
 
-class _HashingFile:
-    """A file to write that counts and hashes what passes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.count, self.hash = file, 0, hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self.hash.update(content)
-        self.count += len(content)
-        return self.file.write(content)
-
-    def tell(self) -> int:
-        return self.count
-
-    def sync(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        self.file.close()
-
-
 def _write_index(path: Path, records: Sequence[ClipRecord]) -> str:
     """Write an index and flush it to disk; its SHA-256."""
     names = sorted({name for record in records for name in record.scores})
@@ -345,7 +323,7 @@ def _write_index(path: Path, records: Sequence[ClipRecord]) -> str:
     pyarrow.parquet.write_table(pyarrow.table({**columns, **scores}), path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _sha256(path)
+    return sha256_of(path)
 
 
 def _record(row: dict[str, Any]) -> ClipRecord:
@@ -377,38 +355,16 @@ def _publish(path: Path, entry: Entry, overwrite: bool = False) -> None:
             pass  # the other writer's entry stands; `commit` reads it
         finally:
             temporary.unlink()
-    _sync_folder(path.parent)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path`, so that a late writer does not replace a committed tar. Freed also by a crash."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
         raise DataError(f"{path} is in the manifest but missing; restore it or curate again")
-    found = _sha256(path)
+    found = sha256_of(path)
     if found != expected:
         raise DataError(f"{path} is damaged: SHA-256 expected {expected}, found {found}; restore it or curate again")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -56,7 +56,7 @@ def write_diffusers_folder(
     """
     output = Path(output)
     _check_replaceable(output)
-    aside = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -149,7 +149,9 @@ def _check_replaceable(output: Path) -> None:
 
 
 def _replace(aside: Path, output: Path) -> None:
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    # No call exchanges two folders everywhere: for a moment between two renames there is none. A crash there leaves both.
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         os.rename(output, old)
     try:

@@ -103,7 +103,8 @@ class Pipeline:
             seeds = [video_seed(seed, first_index + start + offset) for offset in range(len(texts))]
             noise = initial_noise(seeds, (self.vae.latent_channels, *cells))
             with evaluating(self.dit, self.vae, self.text_encoder):
-                yield self._sample(texts, noise, sigmas, fps, guidance_scale, on_step)
+                videos = self._sample(texts, noise, sigmas, fps, guidance_scale, on_step)
+            yield videos
 
     @torch.no_grad()
     def _sample(

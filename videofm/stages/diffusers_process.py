@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from videofm.run_dir import RunDirectory, read_json, write_json
 
 _SCRIPT = Path(__file__).with_name("sample_with_diffusers.py")
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+_SCRATCH = ".diffusers-"
 _POLL_SECONDS, _STOP_SECONDS = 0.2, 10.0
 
 
@@ -41,7 +43,9 @@ def run_diffusers(
     if not (folder / "model_index.json").exists():
         raise CheckpointError(f"{folder} has no model_index.json: plain diffusers needs a folder that `videofm export` wrote.")
     on_poll = on_poll or (lambda _: None)
-    with tempfile.TemporaryDirectory(prefix="diffusers-", dir=run.path) as scratch:
+    for leftover in run.path.glob(f"{_SCRATCH}*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=run.path) as scratch:
         output, said = Path(scratch), Path(scratch) / "output.txt"
         write_json(output / "request.json", dict(request) | {"folder": str(folder), "output": str(output)})
         command = [sys.executable, "-I", str(_SCRIPT), str(output / "request.json")]
@@ -55,6 +59,8 @@ def run_diffusers(
                 time.sleep(_POLL_SECONDS)
         finally:
             _end(child)
+        if run.stop_requested:  # Ctrl-C reaches the child too, and may end it first
+            raise Interrupted("sampling with diffusers stopped on request")
         if child.returncode != 0:
             last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
             raise VideofmError(f"diffusers could not use {folder} (exit code {child.returncode}): {' | '.join(last)}")

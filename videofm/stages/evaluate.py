@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from videofm import media, models
+from videofm import media, models, shapes
 from videofm.config import EvaluateConfig
 from videofm.config.recipe import CaptionFollowingMetric, HeldOutLossMetric, ReconstructionMetric
 from videofm.config.train import FlowMatchingConfig
-from videofm.data import decode, shapes
+from videofm.data import decode
 from videofm.data.loader import video_tensor
 from videofm.data.shards import ClipRecord, Manifest, read_clip
 from videofm.errors import CheckpointError, DataError, Interrupted

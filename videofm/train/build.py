@@ -129,8 +129,9 @@ def dry_run(config: TrainConfig) -> str:
         trained = "trained" if role in trained_roles(objective) else "frozen"
         lines.append(f"{role}: {model_config.name} {model_config.size or 'tiny'}, {count:,} parameters, {trained}")
     samples = config.data.micro_batch_size * config.data.num_micro_batches
+    size = f"{config.data.num_frames}x{config.data.height}x{config.data.width}"
     lines.append(
-        f"{config.trainer.max_steps} steps of {samples} clips of {config.data.num_frames}x{config.data.height}x{config.data.width}"
+        f"{config.trainer.max_steps} steps of {samples} clips of {size}"
         f" on {config.parallel.data_degree} processes, ZeRO stage {config.parallel.zero_stage}, {config.trainer.precision}"
     )
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from videofm.types import Batch
 
 
 class Metrics:
-    """metrics.jsonl, a row each step, and the console: a progress bar on a terminal, a line each `log_every` steps elsewhere."""
+    """metrics.jsonl, a row each step; on the console a progress bar, or a line each `log_every` steps where it is no terminal."""
 
     def __init__(self, run: RunDirectory, step: int, max_steps: int, log_every: int, attempt: int) -> None:
         self.log_every, self.attempt = log_every, attempt

@@ -61,7 +61,9 @@ class PhaseModule(nn.Module):
 class PhaseEngine:
     """A phase's module behind `deepspeed.initialize`, with optimizer state that is read and written by parameter name."""
 
-    def __init__(self, models: Mapping[str, nn.Module], objective: Objective, phase: str, config: TrainConfig, mesh: Mesh) -> None:
+    def __init__(
+        self, models: Mapping[str, nn.Module], objective: Objective, phase: str, config: TrainConfig, mesh: Mesh
+    ) -> None:
         self.config, self.mesh, self.phase = config, mesh, phase
         self.num_local_micro_batches = config.data.num_micro_batches // config.parallel.data_degree
         module = PhaseModule(models, objective, phase, config)

@@ -43,7 +43,8 @@ def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanSta
             callback.after_step(job, position, metrics)
         if job.mesh.any_rank(job.run.stop_requested) and position.step < job.config.trainer.max_steps:
             _finish(job, position, callbacks)
-            raise Interrupted(f"stopped on request after step {position.step} of {job.config.trainer.max_steps}; run again to go on")
+            done = f"step {position.step} of {job.config.trainer.max_steps}"
+            raise Interrupted(f"stopped on request after {done}; run the same command again to go on")
     _finish(job, position, callbacks)
     return position
 

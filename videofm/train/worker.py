@@ -7,7 +7,6 @@ launchers flatten exit codes: the verb that waits reads those files.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -77,7 +76,8 @@ def _describe(job: Job, folder: Path | None) -> None:
         return
     for role, model in job.models.items():
         count = sum(parameter.numel() for parameter in model.parameters())
-        LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", "trained" if role in job.trained_roles else "frozen")
+        fate = "trained" if role in job.trained_roles else "frozen"
+        LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", fate)
     LOG.info("%d clips, %d a step", len(job.loader.plan.records), job.loader.plan.num_step_samples)
     LOG.info("resuming from %s" if folder else "a new run", *([folder.name] if folder else []))
 

@@ -19,8 +19,8 @@ def shards(tmp_path_factory) -> Path:
 
 
 def config(shards: Path, **changes) -> DataConfig:
-    values = {"manifest": str(shards), "num_frames": 5, "height": 32, "width": 32, "micro_batch_size": 2, "num_micro_batches": 2}
-    return DataConfig.model_validate({**values, **changes})
+    values = {"manifest": str(shards), "num_frames": 5, "height": 32, "width": 32, "micro_batch_size": 2}
+    return DataConfig.model_validate({**values, "num_micro_batches": 2, **changes})
 
 
 def videos(steps) -> list[torch.Tensor]:

@@ -31,7 +31,8 @@ def ids(steps) -> list:
 def test_every_clip_comes_once_an_epoch():
     """25 epochs of 100 clips in steps of 12: 208 full steps hold 2,496 draws; no clip is drawn twice in one epoch, and after
     k epochs each clip was drawn k times but for the at most 11 that are carried."""
-    drawn = [draw for step in islice(DataPlan(records(), "h", config(), 0).steps(), 208) for b in step.micro_batches for draw in b]
+    steps = islice(DataPlan(records(), "h", config(), 0).steps(), 208)
+    drawn = [draw for step in steps for batch in step.micro_batches for draw in batch]
     assert max(Counter(draw.sample_id for draw in drawn).values()) == 1
     per_epoch = Counter(draw.epoch for draw in drawn)
     assert all(per_epoch[epoch] == 100 for epoch in range(24))
@@ -84,7 +85,7 @@ def test_a_dataset_smaller_than_a_step_fills_it_from_several_epochs():
 
 def test_another_order_is_refused_by_field():
     old = DataPlan(records(), "h", config(), 0).identity
-    with pytest.raises(CheckpointError, match=r"num_micro_batches was 4, now 2; *|num_micro_batches was 4, now 2"):
+    with pytest.raises(CheckpointError, match="num_micro_batches was 4, now 2"):
         DataPlan(records(), "h", config(num_micro_batches=2), 0).check(old)
     with pytest.raises(CheckpointError, match="manifest was 'h', now 'other'"):
         DataPlan(records(), "other", config(), 0).check(old)

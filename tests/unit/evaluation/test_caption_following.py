@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.demo import render_shot
-from videofm import media
-from videofm.data import shapes
+from videofm import media, shapes
 from videofm.errors import DataError
 from videofm.evaluation.caption_following import ShapeClassifier, Sight, caption_following
 

@@ -47,6 +47,7 @@ def test_modes_of_the_models_are_restored(pipeline: Pipeline) -> None:
     seen = []
     pipeline.generate(["x"], **SIZE, on_step=lambda: seen.append(pipeline.dit.training))
     assert seen == [False] * 3
+    next(pipeline.stream(["x", "y"], **SIZE, batch_size=1))  # also between batches, and when no more are taken
     assert pipeline.dit.training
     assert not pipeline.dit.proj_in.training
     assert not pipeline.vae.training

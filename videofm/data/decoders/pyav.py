@@ -63,8 +63,8 @@ class PyAVDecoder:
 class Converter:
     """Turns PyAV frames into RGB uint8 `(H, W, 3)`, rotated as their metadata says (counted in degrees counter-clockwise).
 
-    It keeps one scaler on one thread: a fresh one for each frame, as `frame.to_ndarray` makes, starts threads and costs more than
-    decoding a small frame.
+    It keeps one scaler on one thread: a fresh one for each frame, as `frame.to_ndarray` makes, starts threads and costs more
+    than decoding a small frame.
     """
 
     def __init__(self) -> None:

@@ -23,8 +23,8 @@ class TorchCodecDecoder:
         except (ImportError, RuntimeError, OSError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             return (
-                f"torchcodec does not load ({first}); it needs `pip install torchcodec` in the build of the installed torch, and "
-                "the FFmpeg libraries of the system (`apt-get install ffmpeg`)"
+                f"torchcodec does not load ({first}); it needs `pip install torchcodec` in the build of the installed torch, "
+                "and the FFmpeg libraries of the system (`apt-get install ffmpeg`)"
             )
         return None
 
