@@ -90,6 +90,16 @@ def run(config: CurateConfig, run: RunDirectory) -> dict[str, Any]:
     return result
 
 
+def dry_run(config: CurateConfig) -> str:
+    """Check that the stages fit together, and say what would run.
+
+    Raises:
+        ConfigError: see `plan_segments`.
+    """
+    plan_segments(config)
+    return f"{' -> '.join(section.kind for section in config.stages)}, groups of {config.engine.group_size} sources"
+
+
 def plan_segments(config: CurateConfig) -> list[tuple[list[dict[str, Any]], Any]]:
     """The stages between barriers: pairs of (sections as plain values, the barrier's section that follows or None).
 

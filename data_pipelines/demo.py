@@ -43,8 +43,10 @@ def run(config: DemoDataConfig, run: RunDirectory) -> dict[str, Any]:
         for index, shots in enumerate(plan):
             if run.stop_requested:
                 raise Interrupted(f"rendering stopped at video {index} of {config.num_videos}; run it again to go on")
-            write_video(folder / f"demo-{index:05d}.mp4", render_video(config, index, shots), config.fps)
-            write_json(folder / f"demo-{index:05d}.json", {"captions": caption_spans(shots, config.num_frames)})
+            sidecar = folder / f"demo-{index:05d}.json"  # written last: where it is, an earlier attempt finished the video
+            if not sidecar.exists():
+                write_video(sidecar.with_suffix(".mp4"), render_video(config, index, shots), config.fps)
+                write_json(sidecar, {"captions": caption_spans(shots, config.num_frames)})
             bar.advance()
     num_broken = len(write_broken(folder, config)) if config.broken else 0
     write_atomic(run.path / "prompts.txt", "".join(f"{text}\n" for text in captions()))

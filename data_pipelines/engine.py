@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from data_pipelines.groups import Job, process_group
+from data_pipelines.scratch import RAY, scratch_folder
 from videofm.config.data import EngineConfig
 from videofm.errors import DataError, VideofmError
 
@@ -49,26 +49,25 @@ def cluster(config: EngineConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Unix sockets lie in it, and their paths may have 107 bytes: it must be short.
-    folder = tempfile.mkdtemp(prefix=f"vfm-ray-{os.getpid()}-", dir="/tmp")
-    try:
-        if config.address is None:
-            ray.init(
-                num_cpus=config.num_workers or os.cpu_count(),
-                include_dashboard=False,
-                _node_ip_address=LOOPBACK,
-                _temp_dir=folder,
-                object_store_memory=config.object_store_mib * 2**20,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-        else:
-            ray.init(address=config.address, log_to_driver=False, configure_logging=False)
-        _restore_signal_handlers(handlers)  # Ray takes SIGTERM, which must stop the run cleanly
-        yield
-    finally:
-        ray.shutdown()
-        _restore_signal_handlers(handlers)
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch_folder(RAY, Path("/tmp")) as folder:
+        try:
+            if config.address is None:
+                ray.init(
+                    num_cpus=config.num_workers or os.cpu_count(),
+                    include_dashboard=False,
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(folder),
+                    object_store_memory=config.object_store_mib * 2**20,
+                    log_to_driver=False,
+                    configure_logging=False,
+                )
+            else:
+                ray.init(address=config.address, log_to_driver=False, configure_logging=False)
+            _restore_signal_handlers(handlers)  # Ray takes SIGTERM, which must stop the run cleanly
+            yield
+        finally:
+            ray.shutdown()
+            _restore_signal_handlers(handlers)
 
 
 def run_jobs(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from data_pipelines.attempts import AttemptsLog
 from data_pipelines.isolate import COMMAND, Isolate, Result
 from data_pipelines.metrics import StageMetrics
 from data_pipelines.rows import Loss, Row
+from data_pipelines.scratch import CLIPS, scratch_folder
 from videofm.data.shards import ShardWriter
 from videofm.run_dir import RunDirectory, read_json, write_json
 
@@ -69,8 +69,7 @@ def process_group(job: Job, command: Sequence[str] = COMMAND) -> dict[str, Any] 
     counts = _Counts([section["kind"] for section in job.stages])
     attempts = AttemptsLog(Path(job.folder) / "attempts_log" / f"{job.segment}-{job.group}.jsonl")
     run, kept = RunDirectory(job.folder), []
-    scratch = Path(tempfile.mkdtemp(prefix="videofm-clips-"))
-    try:
+    with scratch_folder(CLIPS, Path(tempfile.gettempdir())) as scratch:
         with (
             Isolate(job.stages, scratch, job.memory_mib, job.timeout, command) as isolate,
             ShardWriter(Path(job.folder), job.group, job.config_hash) if job.pack else _Nothing() as writer,
@@ -95,8 +94,6 @@ def process_group(job: Job, command: Sequence[str] = COMMAND) -> dict[str, Any] 
             if isinstance(writer, ShardWriter):
                 writer.commit([row["source_id"] for row in job.rows])
             return report
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _Nothing:

@@ -14,10 +14,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from videofm.errors import Interrupted, ParallelError, VideofmError
+from videofm.errors import CheckpointError, ConfigError, DataError, Interrupted, ParallelError, VideofmError
 from videofm.run_dir import RunDirectory, read_json
 
 _GRACE_SECONDS = 20.0
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, ParallelError)}
+"""What a rank calls its failure -> what the verb raises, so that a wrong request has its own exit code."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class LocalHandle:
 
         Raises:
             Interrupted: they saved and stopped on request.
-            VideofmError: a rank failed or died; the others are ended.
+            VideofmError: a rank failed (then of the class that the rank raised) or died; the others are ended.
         """
         try:
             while len(self._codes) < len(self.processes):
@@ -77,7 +79,7 @@ class LocalHandle:
             where = f" (rank {rank})" if len(self.processes) > 1 else ""
             traceback = self.attempt / f"rank_{rank}_traceback.txt"
             more = f"; traceback in {traceback}" if traceback.exists() else ""
-            raise VideofmError(f"{outcome['message']}{where}{more}")
+            raise _ERRORS.get(outcome["kind"], VideofmError)(f"{outcome['message']}{where}{more}")
         silent = [rank for rank, outcome in outcomes.items() if outcome is None]
         if silent:
             rank, code = silent[0], self._codes[silent[0]]

@@ -19,6 +19,7 @@ from videofm.errors import ConfigError, Interrupted, VideofmError
 
 if TYPE_CHECKING:
     from videofm.config.recipe import RecipeConfig
+    from videofm.recipe import PlannedStage
 
 EXIT_CODES = """exit codes:
   0   what was asked for is done
@@ -158,20 +159,30 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
+    from videofm.lineage import outside_inputs
     from videofm.recipe import check_stage
     from videofm.run_dir import RunDirectory, fingerprint
     from videofm.stages.execute import execute
 
     inputs: dict[str, str] = {}
+    absent: list[str] = []
     if arguments.stage is not None:
-        config, path, inputs = _stage_of_recipe(arguments)
+        stage, absent = _stage_of_recipe(arguments)
+        config, path, inputs = stage.config, stage.path, stage.inputs
     else:
         config, path = _stage_config(arguments)
+        inputs = {} if arguments.verb == "report" else outside_inputs(config)
     if arguments.run_dir is not None:
         path = Path(arguments.run_dir)
     if arguments.dry_run:
-        print(f"{check_stage(config)}\nrun directory: {path}; nothing was run")
+        print(f"{check_stage(config, absent)}\nrun directory: {path}; nothing was run")
         return 0
+    if absent and arguments.verb != "report":
+        # It would read what another config made, and its lineage would say otherwise.
+        raise ConfigError(
+            f"stage {arguments.stage!r} reads {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not done: "
+            f"`videofm run {arguments.config} --until {arguments.stage}` runs what is missing, too"
+        )
     run = RunDirectory(path)
     if arguments.verb in ("train", "curate") and run.fingerprint == fingerprint(config, inputs) and run.finished:
         print(f"{path} is finished with this config already; nothing to do. For another run give --run-dir.")
@@ -211,14 +222,15 @@ def _load_recipe(arguments: argparse.Namespace) -> RecipeConfig:
     return load(path, overrides, RecipeConfig, {"run": f"runs/{path.stem}", "name": path.stem})
 
 
-def _stage_of_recipe(arguments: argparse.Namespace) -> tuple[Any, Path, dict[str, str]]:
-    """The stage that `--stage` names in a recipe, in the recipe's own run directory."""
+def _stage_of_recipe(arguments: argparse.Namespace) -> tuple[PlannedStage, list[str]]:
+    """The stage that `--stage` names in a recipe, in the recipe's own run directory, and those it reads that are not done."""
     from videofm.recipe import plan
 
-    stage = plan(_load_recipe(arguments)).stage(arguments.stage)
+    chain = plan(_load_recipe(arguments))
+    stage = chain.stage(arguments.stage)
     if stage.config.kind != arguments.verb:
         raise ConfigError(f"stage {stage.name!r} is of kind {stage.config.kind!r}: `videofm {stage.config.kind}` runs it")
-    return stage.config, stage.path, stage.inputs
+    return stage, [name for name in stage.inputs if chain.stage(name).state != "done"]
 
 
 def _stage_config(arguments: argparse.Namespace) -> tuple[Any, Path]:
@@ -329,15 +341,15 @@ VERBS = {
         "Probe, split into shots, filter, deduplicate, caption, transcode and pack a folder of raw videos into webdataset\n"
         "shards. A funnel says what was kept and why the rest was not; a broken file is quarantined with its reason, it\n"
         "never stops the job.",
-        "videofm curate configs/data/clips.yaml source=/data/videos --run-dir runs/clips",
+        "videofm curate configs/real_clips.yaml --stage curate source=/data/videos",
     ),
     "train": _stage_verb(
         "train",
         "train a model on shards",
         "Train one objective (autoencoder, flow matching) through DeepSpeed, in one process or several; resumes where it\n"
         "stopped.",
-        "videofm train configs/debug/vae.yaml --dry-run\n"
-        "videofm train configs/debug/vae.yaml trainer.max_steps=500 parallel.data_degree=2\n"
+        "videofm train configs/debug/vae_ltx.yaml --dry-run\n"
+        "videofm train configs/debug/vae_ltx.yaml trainer.max_steps=500 parallel.data_degree=2\n"
         "videofm train configs/quickstart.yaml --stage dit",
     ),
     "sample": _stage_verb(
@@ -345,13 +357,13 @@ VERBS = {
         "videos from prompts",
         "Generate videos from captions with a trained run, a checkpoint or an exported folder: MP4 files and a contact sheet.",
         "videofm sample runs/quickstart/stages/dit 'prompts=[a red circle moving left]' fps=25\n"
-        "videofm sample configs/debug/sample.yaml guidance_scale=5 seed=1",
+        "videofm sample configs/quickstart.yaml --stage sample",
     ),
     "evaluate": _stage_verb(
         "evaluate",
         "measure models and generated videos",
         "Reconstruction PSNR and SSIM, held-out flow loss, caption following; writes evaluation.json into its run directory.",
-        "videofm evaluate configs/debug/evaluate.yaml\nvideofm evaluate configs/quickstart.yaml --stage evaluate",
+        "videofm evaluate configs/quickstart.yaml --stage evaluate",
     ),
     "export": _stage_verb(
         "export",

@@ -7,7 +7,6 @@ anywhere re-runs exactly what follows from it. Nothing finished is deleted: a st
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,12 +18,14 @@ from pydantic import BaseModel, TypeAdapter
 from videofm.config.recipe import ExportConfig, RecipeConfig, StageConfig
 from videofm.config.source import interpolate
 from videofm.errors import ConfigError, DataError, Interrupted
+from videofm.lineage import outside_inputs
 from videofm.progress import LOG, setup_logging
 from videofm.registry import nearest, resolve
 from videofm.run_dir import RunDirectory, code_version, fingerprint, now, write_json
 from videofm.stages.execute import StopSignals, execute, locked
 
-DRY_RUN = "videofm.train.build:dry_run"
+DRY_RUNS = {"train": "videofm.train.build:dry_run", "curate": "data_pipelines.curate:dry_run"}
+"""Kind -> what builds a stage of it without running it. These need neither weights nor data."""
 
 
 @dataclass
@@ -109,6 +110,7 @@ def _planned(name: str, recipe: RecipeConfig, before: Plan) -> PlannedStage:
     except ConfigError as error:
         raise ConfigError(f"stages.{name}: {error}") from None
     inputs = {stage.name: stage.fingerprint for stage in before.stages if _reads(resolved, stage, before.path)}
+    inputs |= outside_inputs(resolved, before.path)
     return PlannedStage(name, resolved, before.path / "stages" / name, inputs, fingerprint(resolved, inputs))
 
 
@@ -228,11 +230,8 @@ def _absent(stage: PlannedStage, chain: Plan) -> list[str]:
 
 
 def check_stage(config: Any, absent: list[str] | None = None) -> str:
-    """Build what stage `config` would build, unless its inputs (`absent`) are not there yet; say what was checked."""
-    if absent:
-        return f"schema checked only; it reads {_few(absent)}, not finished yet"
-    if config.kind == "curate" and not Path(config.source).is_dir():
+    """Build what stage `config` would build without its inputs, of which `absent` are not there yet; say what was checked."""
+    if config.kind == "curate" and not absent and not Path(config.source).is_dir():
         raise DataError(f"the source folder {config.source} does not exist (the current directory is {Path.cwd()})")
-    if config.kind == "train" and importlib.util.find_spec(DRY_RUN.partition(":")[0]) is not None:
-        return str(resolve(DRY_RUN)(config))
-    return "schema checked"
+    checked = str(resolve(DRY_RUNS[config.kind])(config)) if config.kind in DRY_RUNS else "schema checked"
+    return f"{checked}\nit reads {_few(absent)}, not finished yet" if absent else checked

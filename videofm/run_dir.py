@@ -28,6 +28,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import videofm
+from videofm.config.base import result_fields
 from videofm.errors import ConfigError, DataError
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "ray", "diffusers", "transformers", "av", "torchcodec", "decord", "numpy")
@@ -64,8 +65,9 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(config: BaseModel, inputs: Mapping[str, str]) -> str:
-    """SHA-256 (hex) of a resolved config together with the fingerprints of the stages it reads."""
-    value = {"config": config.model_dump(mode="json"), "inputs": dict(inputs)}
+    """SHA-256 (hex) of what decides the result: a resolved config without its `execution` fields, and the fingerprints of
+    what it reads."""
+    value = {"config": result_fields(config), "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,11 +99,12 @@ class RunDirectory:
         run.path.mkdir(parents=True, exist_ok=True)
         if run.fingerprint is None:
             write_json(run.path / "env.json", environment())
-            write_atomic(run.path / "config.yaml", _as_yaml(config))
             write_json(
                 run.path / "lineage.json",
                 {"fingerprint": wanted, "inputs": inputs, "code": code_version(), "created": now()},
             )
+        # The result is the same, but how the work is done (ranks, workers, logs) may have changed since the last attempt.
+        write_atomic(run.path / "config.yaml", _as_yaml(config))
         return run
 
     @property
@@ -171,8 +174,8 @@ class RunDirectory:
         path = self.path / "config.yaml"
         if not path.exists():
             return []
-        old, new = dict(_leaves(self.config)), dict(_leaves(config.model_dump(mode="json")))
-        return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))[:5]
+        old, new = dict(_leaves(self.config)), dict(_leaves(result_fields(config)))
+        return sorted(key for key, value in new.items() if old.get(key) != value)[:5]
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

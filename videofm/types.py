@@ -3,7 +3,7 @@
 Letters, in shapes and in names: `B` batch, `C` channels, `T` frames, `H` height, `W` width, `L` tokens, `D` model width,
 `N` heads, `K` head width, `V` vocabulary or codebook size.
 
-- Videos and latents are `(B, C, T, H, W)`; pixels lie in [-1, 1]. Tokens are `(B, L, D)`. Queries, keys, values are `(B, L, N, K)`.
+- Videos and latents are `(B, C, T, H, W)`; pixels lie in [-1, 1]. Tokens are `(B, L, D)`; queries, keys, values `(B, L, N, K)`.
 - `sigma` is the noise level in [0, 1]: 1 is noise, 0 is data. `noisy = (1 - sigma) * clean + sigma * noise`;
   `velocity = noise - clean`. Nothing here is called x_0 or x_1.
 - `clean noise noisy sigma velocity latents indices codes num_frames fps` are the words; counts begin with `num_`;

@@ -12,7 +12,7 @@ LAYER_2 = ("parallel",)
 LAYER_3 = ("models",)
 LAYER_4 = ("objectives", "sampling", "data", "evaluation", "checkpoint", "export")
 LAYER_5 = ("train", "report")
-LAYER_7 = ("recipe", "stages", "doctor", "cli", "__main__")
+LAYER_7 = ("recipe", "lineage", "stages", "doctor", "cli", "__main__")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYER_0, LAYER_0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from videofm.cli import VERBS, _stage_config, main
+from videofm.cli import VERBS, _stage_config, main, overview
 from videofm.config import CurateConfig, TrainConfig
 from videofm.errors import ConfigError
 from videofm.run_dir import RunDirectory
@@ -58,6 +59,12 @@ def _environment() -> dict[str, str]:
         (["run", "recipe.yaml", "--until", "curat"], 2, "did you mean 'curate'"),
         (["train", "recipe.yaml"], 2, "recipe.yaml is a recipe"),
         (["train", "recipe.yaml", "--stage", "curate"], 2, "is of kind 'curate'"),
+        (
+            ["curate", "recipe.yaml", "--stage", "curate"],
+            2,
+            "stage 'curate' reads demo, which is not done: `videofm run recipe",
+        ),
+        (["curate", "recipe.yaml", "--stage", "curate", "--dry-run"], 2, "stages: the last must be 'transcode'"),
         (["curate", "."], 2, "is a folder"),
         (["curate", "curate.yaml", "--dry-run"], 1, "the source folder nowhere does not exist"),
         (["report", "curate.yaml"], 2, "source = 'nowhere'"),
@@ -136,6 +143,15 @@ def test_an_export_lies_in_the_run_by_default(folder: Path) -> None:
     (folder / "dit").mkdir()
     config, _ = _stage_config(Namespace(verb="export", config="dit", overrides=[]))
     assert (config.run, config.output) == ("dit", "dit/export")
+
+
+def test_configs_that_are_named_exist() -> None:
+    """Help and README name no file that is not there."""
+    root = Path(__file__).parents[2]
+    texts = [verb.about for verb in VERBS.values()] + [overview(), (root / "README.md").read_text()]
+    named = {name for text in texts for name in re.findall(r"configs/[\w/]+\.yaml", text)}
+    assert len(named) >= 3
+    assert [name for name in sorted(named) if not (root / name).is_file()] == []
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

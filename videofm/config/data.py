@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from videofm.config.base import Section
+from videofm.config.base import Section, execution
 
 
 class DemoDataConfig(Section):
@@ -93,13 +93,13 @@ CurationStage = Annotated[
 class EngineConfig(Section):
     """How the Ray engine runs: workers, limits, retries."""
 
-    num_workers: int | None = Field(None, ge=1, description="Tasks at once; null takes every CPU of the Ray cluster.")
-    address: str | None = Field(None, description="Ray cluster to join; null starts one local node on loopback.")
+    num_workers: int | None = execution(None, ge=1, description="Tasks at once; null takes every CPU of the Ray cluster.")
+    address: str | None = execution(None, description="Ray cluster to join; null starts one local node on loopback.")
     group_size: int = Field(32, ge=1, description="Sources of a group; a group becomes one shard.")
-    task_memory_mib: int = Field(1024, ge=64, description="Memory that a child process may use, in MiB.")
-    task_timeout: float = Field(120.0, gt=0, description="Longest time for one source in one stage, in seconds.")
-    max_attempts: int = Field(2, ge=1, description="Crashes after which a source is quarantined.")
-    object_store_mib: int = Field(128, ge=80, description="Shared memory of a local Ray node, in MiB (rows carry paths).")
+    task_memory_mib: int = execution(1024, ge=64, description="Memory that a child process may use, in MiB.")
+    task_timeout: float = execution(120.0, gt=0, description="Longest time for one source in one stage, in seconds.")
+    max_attempts: int = execution(2, ge=1, description="Crashes after which a source is quarantined.")
+    object_store_mib: int = execution(128, ge=80, description="Shared memory of a local Ray node, in MiB (rows carry paths).")
 
 
 class CurateConfig(Section):
@@ -126,8 +126,8 @@ class DataConfig(Section):
     )
     window_shards: int = Field(256, ge=1, description="Shards that are shuffled together.")
     decoder: Literal["auto", "torchcodec", "pyav", "decord"] = Field("auto", description="`auto` takes the first that works.")
-    num_workers: int = Field(0, ge=0, description="Decoding processes of a rank; 0 decodes in the training process.")
-    cache_mib: int = Field(
+    num_workers: int = execution(0, ge=0, description="Decoding processes of a rank; 0 decodes in the training process.")
+    cache_mib: int = execution(
         0, ge=0, description="Memory for decoded clips in each decoding process, in MiB; 0 decodes each time."
     )
-    verify_checksums: bool = Field(True, description="Check the SHA-256 of every shard once before the first step.")
+    verify_checksums: bool = execution(True, description="Check the SHA-256 of every shard once before the first step.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from videofm.config.base import Section
+from videofm.config.base import Section, execution
 from videofm.config.data import DataConfig
+from videofm.registry import ATTENTION_BACKENDS, MODELS, nearest
 
 
 class ModelConfig(Section):
@@ -19,6 +20,22 @@ class ModelConfig(Section):
     role: str | None = Field(None, description="Which role of `path` to load, where it holds several.")
     overrides: dict[str, Any] = Field({}, description="Fields of the model's own config to change.")
     attention: str = Field("auto", description="Attention backend: auto, math, sdpa, flash_attn or xformers.")
+
+    @field_validator("name")
+    @classmethod
+    def _registered(cls, name: str | None) -> str | None:
+        if name is not None and name not in MODELS:
+            raise ValueError(f"no model is called {name!r}{nearest(name, MODELS) or '.'} Models: {', '.join(sorted(MODELS))}")
+        return name
+
+    @field_validator("attention")
+    @classmethod
+    def _known_backend(cls, attention: str) -> str:
+        known = ["auto", *ATTENTION_BACKENDS]
+        if attention not in known:
+            close = nearest(attention, known) or "."
+            raise ValueError(f"no attention backend is called {attention!r}{close} There are: {', '.join(known)}")
+        return attention
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -105,28 +122,28 @@ class TrainerConfig(Section):
     precision: Literal["fp32", "bf16_autocast"] = Field(
         "bf16_autocast", description="Type of matrix products; weights are fp32."
     )
-    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints; one more is written at the end.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay.")
-    log_every: int = Field(10, ge=1, description="Steps between lines on the console; metrics.jsonl has every step.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; null shares the cores among local ranks.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes CUDA where it works.")
+    checkpoint_every: int = execution(200, ge=1, description="Steps between checkpoints; one more is written at the end.")
+    keep_checkpoints: int = execution(2, ge=1, description="How many of the newest checkpoints stay.")
+    log_every: int = execution(10, ge=1, description="Steps between lines on the console; metrics.jsonl has every step.")
+    num_threads: int | None = execution(None, ge=1, description="CPU threads of a rank; null shares the cores among local ranks.")
+    device: Literal["auto", "cpu", "cuda"] = execution("auto", description="`auto` takes CUDA where it works.")
 
 
 class ParallelConfig(Section):
     """The mesh of processes. One process is a mesh of size one."""
 
-    data_degree: int = Field(1, ge=1, description="Groups of ranks that read different samples.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    data_degree: int = execution(1, ge=1, description="Groups of ranks that read different samples.")
+    zero_stage: Literal[0, 1, 2, 3] = execution(
         1, description="What DeepSpeed shards: 1 optimizer, 2 gradients too, 3 weights too."
     )
-    timeout: float = Field(600.0, gt=0, description="Longest wait in a collective, in seconds.")
+    timeout: float = execution(600.0, gt=0, description="Longest wait in a collective, in seconds.")
 
 
 class WandbConfig(Section):
     """Weights & Biases. metrics.jsonl is always written; this is a copy."""
 
-    mode: Literal["disabled", "offline", "online"] = Field("offline", description="`offline` writes files and asks for no key.")
-    project: str = Field("videofm", description="Project name.")
+    mode: Literal["disabled", "offline", "online"] = execution("offline", description="`offline` writes files and asks for no key.")
+    project: str = execution("videofm", description="Project name.")
 
 
 class TrainConfig(Section):

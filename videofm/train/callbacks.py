@@ -23,7 +23,7 @@ from videofm.types import Batch
 
 
 class Metrics:
-    """metrics.jsonl, a row each step; on the console a progress bar, or a line each `log_every` steps where it is no terminal."""
+    """metrics.jsonl, a row each step; on the console a bar, or a line each `log_every` steps where it is no terminal."""
 
     def __init__(self, run: RunDirectory, step: int, max_steps: int, log_every: int, attempt: int) -> None:
         self.log_every, self.attempt = log_every, attempt
@@ -34,7 +34,8 @@ class Metrics:
         self._progress.start_at(step)
 
     def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
-        """Write the row; flush it with each line of the console, so that a kill loses little."""
+        """Write the row. Rows are flushed with each line of the console, and before each checkpoint: a run that resumes from
+        it does not write them again."""
         self._file.write(json.dumps({"step": position.step, "attempt": self.attempt, **metrics}) + "\n")
         note = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "psnr", "grad_norm") if name in metrics)
         self._progress.advance(1, note)
@@ -42,14 +43,19 @@ class Metrics:
             self._file.flush()
             if not sys.stderr.isatty():
                 LOG.info("%s", self._progress.line(note))
+        if position.step % job.config.trainer.checkpoint_every == 0:
+            self._sync()
 
     def after_training(self, job: Job, position: PlanState) -> None:
         """Close the file and the bar."""
         LOG.info("%s", self._progress.line())
         self._stack.close()
+        self._sync()
+        self._file.close()
+
+    def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
 
 
 class Wandb:
@@ -116,7 +122,7 @@ class AfterTraining:
     It sees the moving average where there is one, because that is what others load; buffers that it sets belong to both.
     """
 
-    def __init__(self, finish: Callable[[Mapping[str, nn.Module], Iterable[Batch]], None]) -> None:
+    def __init__(self, finish: Callable[[Mapping[str, nn.Module], Iterable[Batch]], Mapping[str, float]]) -> None:
         self._finish = finish
 
     def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
@@ -127,4 +133,6 @@ class AfterTraining:
         if position.step < job.config.trainer.max_steps:
             return
         with averaged_weights(job.averages.values()), torch.no_grad():
-            self._finish(job.models, (batch.to(job.mesh.device) for batch in job.loader.first_clips()))
+            numbers = self._finish(job.models, (batch.to(job.mesh.device) for batch in job.loader.first_clips()))
+        if job.mesh.is_main:
+            LOG.info("after the last step: %s", ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

@@ -1,7 +1,8 @@
 """What a checkpoint of a training run holds, gathered from a job and given back to one.
 
 ```
-models/ROLE.{json,safetensors}   ema/ROLE   optimizer/PHASE   state.json (step, position in the data, what order it belongs to)
+models/ROLE/model.{json,safetensors}   ema/ROLE/model   optimizer/PHASE.safetensors
+train_config.json (the run's resolved config)   state.json (step, position in the data, what order it belongs to)
 ```
 Tensors are whole and named by parameter, so that a checkpoint says nothing of ranks or ZeRO stages. Frozen roles do not
 change: they are written once, to `frozen/ROLE` of the run directory.
@@ -9,6 +10,8 @@ change: they are written once, to `frozen/ROLE` of the run directory.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +48,12 @@ def save_frozen(job: Job) -> None:
     """Write the frozen roles once, so that a run directory is all that sampling and export need."""
     for role, model in job.models.items():
         folder = job.run.path / "frozen" / role
-        if role not in job.trained_roles and job.mesh.is_main and not (folder / "model.json").exists():
-            models.save(model, folder)
+        if role not in job.trained_roles and job.mesh.is_main and not folder.exists():
+            # Aside and renamed: a run that is killed here must not keep half a model.
+            aside = folder.with_name(f".{role}.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            models.save(model, aside)
+            os.replace(aside, folder)
     job.mesh.barrier()
 
 
@@ -76,7 +83,8 @@ def resume_folder(run: RunDirectory) -> Path | None:
 def _gather(job: Job, position: PlanState) -> CheckpointFiles:
     tensors: dict[str, Mapping[str, Tensor]] = {}
     values: dict[str, Any] = {
-        "state": {"step": position.step, "position": position.to_json(), "data": job.loader.plan.identity}
+        "state": {"step": position.step, "position": position.to_json(), "data": job.loader.plan.identity},
+        "train_config": job.config.model_dump(mode="json"),
     }
     for role in job.trained_roles:
         values[f"models/{role}/model"] = models.describe(job.models[role])

@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -92,18 +93,27 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     folder = run.path / "attempts" / f"{attempt:04d}"
     setup_logging(run.path / "log.txt" if rank == 0 else folder / f"rank_{rank}.log")
-    outcome = {"state": "finished", "message": ""}
+    # Libraries (wandb) leave folders for an orderly exit of Python to remove, which a rank does not have.
+    with tempfile.TemporaryDirectory(prefix="videofm-rank-", ignore_cleanup_errors=True) as scratch:
+        tempfile.tempdir = scratch
+        outcome = _train(run, attempt, folder / f"rank_{rank}_traceback.txt")
+        tempfile.tempdir = None
+    write_json(folder / f"rank_{rank}.json", outcome)
+    return {"finished": 0, "interrupted": 75, "failed": 1}[outcome["state"]]
+
+
+def _train(run: RunDirectory, attempt: int, traceback_file: Path) -> dict[str, str]:
+    """Train, and say how it ended: `state`, `message` and, of a failure, the name of our error as `kind`."""
     try:
         train(TrainConfig.model_validate(run.config), run, attempt)
     except Interrupted as error:
-        outcome = {"state": "interrupted", "message": str(error)}
+        return {"state": "interrupted", "message": str(error)}
     except VideofmError as error:
-        outcome = {"state": "failed", "message": str(error), "kind": type(error).__name__}
+        return {"state": "failed", "message": str(error), "kind": type(error).__name__}
     except Exception as error:
-        (folder / f"rank_{rank}_traceback.txt").write_text(traceback.format_exc())
-        outcome = {"state": "failed", "message": f"{type(error).__name__}: {error}", "kind": ""}
-    write_json(folder / f"rank_{rank}.json", outcome)
-    return {"finished": 0, "interrupted": 75, "failed": 1}[outcome["state"]]
+        traceback_file.write_text(traceback.format_exc())
+        return {"state": "failed", "message": f"{type(error).__name__}: {error}", "kind": ""}
+    return {"state": "finished", "message": ""}
 
 
 def _die_with_parent() -> None:

@@ -80,6 +80,12 @@ def test_all_mistakes_are_told_at_once_with_their_lines(write) -> None:  # type:
         ("trainer: {", "trainer: {precision: bf16_autocst, ", "must be 'fp32' or 'bf16_autocast', did you mean"),
         ("micro_batch_size: 4", "micro_batch_size: 4, verify_checksums: yes", "write `true` or `false`"),
         ("name: vae/ltx", "name: 3", "put it in quotes, '3'"),
+        (
+            "name: vae/ltx",
+            "name: vae/lxt",
+            "models.vae.name = 'vae/lxt'\n.*no model is called 'vae/lxt', did you mean 'vae/ltx'",
+        ),
+        ("name: vae/ltx", "name: vae/ltx, attention: sdp", "no attention backend is called 'sdp', did you mean 'sdpa'"),
         ("lr: 3e-4", "lr: 3e-4\n  lr: 1e-4", "config.yaml:8: duplicate key 'optimizer.lr', first given on line 7"),
         ("lr: 3e-4", "lr: [3e-4", "config.yaml:8: not valid YAML"),
         ("lr: 3e-4", "lr: !!python/object:os.system 3", "config.yaml:7: the tag .* is not allowed"),
@@ -90,6 +96,17 @@ def test_message_of_each_mistake(write, old: str, new: str, match: str) -> None:
     assert old in TRAIN
     with pytest.raises(ConfigError, match=f"(?s){match}"):
         load(write(TRAIN.replace(old, new)), schema=TrainConfig)
+
+
+def test_a_mistake_in_a_list_of_stages_is_told_in_its_place(write) -> None:  # type: ignore[no-untyped-def]
+    text = "source: s\nstages:\n  - {kind: probe}\n  - {kind: splitt}\n  - {kind: split, min_framse: 9}\n"
+    with pytest.raises(ConfigError) as caught:
+        load(write("kind: curate\n" + text), schema=CurateConfig)
+    for line in (
+        "config.yaml:5: stages.1\n      no kind is called 'splitt', did you mean 'split'? Kinds: probe,",
+        "config.yaml:6: stages.2.min_framse = 9\n      unknown key, did you mean 'min_frames'? Split config has:",
+    ):
+        assert line in str(caught.value)
 
 
 def test_a_rule_over_two_fields_is_told(write) -> None:  # type: ignore[no-untyped-def]

@@ -84,3 +84,16 @@ def test_stop_request_ends_it(tmp_path):
     run.request_stop()
     with pytest.raises(Interrupted, match="stopped at video 0 of 3; run it again"):
         demo.run(CONFIG, run)
+
+
+def test_a_second_attempt_renders_only_what_is_missing(tmp_path):
+    """A video counts as done once its sidecar, which is written last, is there."""
+    settings, run = DemoDataConfig(kind="demo_data", num_videos=3, shots_per_video=1, broken=False), RunDirectory(tmp_path)
+    demo.run(settings, run)
+    videos = sorted((tmp_path / "videos").glob("*.mp4"))
+    before, contents = [path.stat().st_mtime_ns for path in videos], [path.read_bytes() for path in videos]
+    videos[1].with_suffix(".json").unlink()
+    demo.run(settings, run)
+    after = [path.stat().st_mtime_ns for path in videos]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    assert [path.read_bytes() for path in videos] == contents

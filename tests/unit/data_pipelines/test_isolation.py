@@ -21,7 +21,7 @@ from videofm.run_dir import RunDirectory
 
 STAGES = [{"kind": "filter", "min_motion": 0.0}, {"kind": "transcode", "height": 32, "width": 32, "fps": 25.0}]
 
-FAULTY_CHILD = '''
+FAULTY_CHILD = """
 import os, signal, sys, time
 from data_pipelines import child
 from data_pipelines.stages.transcode import TranscodeStage
@@ -45,7 +45,7 @@ class Faulty(TranscodeStage):
 child.registry.CURATION_STAGES["transcode"] = "faulty:Faulty"
 sys.modules["faulty"] = sys.modules["__main__"]
 child.main()
-'''
+"""
 
 
 @pytest.fixture

@@ -94,3 +94,15 @@ def test_a_folder_that_does_not_know_its_size_asks_for_it(pipeline: Pipeline, tm
     (run / "lineage.json").unlink()
     with pytest.raises(ConfigError, match="does not say how large its clips are: pass height, width"):
         sampling.generate(run, "x", num_frames=5)
+
+
+def test_roles_that_were_not_trained_are_read_from_the_run(pipeline: Pipeline, tmp_path: Path) -> None:
+    """A training run keeps its frozen VAE once, beside the checkpoints; run and checkpoint give the same pipeline."""
+    run, checkpoint = tmp_path / "dit", tmp_path / "dit" / "checkpoints" / "step_00000001"
+    models.save(pipeline.vae, run / "frozen" / "vae")
+    models.save(pipeline.dit, checkpoint / "models" / "dit")
+    models.save(pipeline.text_encoder, checkpoint / "models" / "text_encoder")
+    (checkpoint / "COMMITTED.json").write_text("{}")
+    for path in (run, checkpoint):
+        loaded = Pipeline.load(path, device="cpu")
+        assert all(a.equal(b) for a, b in zip(loaded.vae.parameters(), pipeline.vae.parameters(), strict=True))

@@ -117,6 +117,25 @@ class LTXVideoDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, attend, attend_text) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, config.in_channels)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Where training from scratch starts: the velocity is 0, and so is what each block takes from the text.
+
+        The scheme of PixArt-alpha (arXiv 2310.00426), whose blocks these are: Xavier for projections, a normal distribution of
+        std 0.02 for what the noise level passes through, zero for the last projection and for the way out of the text.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in (*self.time_embed.modules(), self.time_modulation):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_attention.out.weight)
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, latent_tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> Tensor:
         """The velocity `noise - clean` of each token.

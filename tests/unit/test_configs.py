@@ -1,0 +1,48 @@
+"""Every YAML below configs/ is a valid config: a recipe whose stages resolve, or a stage of the kind that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from videofm.config.describe import schema_of
+from videofm.config.load import load
+from videofm.config.recipe import RecipeConfig
+from videofm.config.source import read_file
+from videofm.recipe import plan
+from videofm.train.build import dry_run
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml"))
+
+
+def load_any(path: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """The config in `path`, with the run directory of a recipe moved to `tmp_path`."""
+    kind = read_file(path).values.get("kind", "recipe")
+    if kind != "recipe":
+        return load(path, [], schema_of(kind))
+    return load(path, [f"run={json.dumps(str(tmp_path / 'run'))}", f"source={json.dumps(str(tmp_path))}"], RecipeConfig)
+
+
+def test_every_file_is_seen() -> None:
+    """What lies below configs/ is YAML, and the parametrization below covers every file of it."""
+    there = [path for path in (ROOT / "configs").rglob("*") if path.is_file()]
+    assert len(there) == len(FILES) >= 5, sorted(set(there) - set(FILES))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_is_a_valid_config(path: Path, tmp_path: Path) -> None:
+    config = load_any(path, tmp_path)
+    stages = [stage.config for stage in plan(config).stages] if isinstance(config, RecipeConfig) else [config]
+    for stage in stages:
+        if stage.kind == "train":
+            assert "parameters, trained" in dry_run(stage)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("vae_ltx", "vae"), ("dit_ltx", "dit")])
+def test_the_debug_chain_runs_the_debug_configs(name: str, stage: str) -> None:
+    """tests/integration runs the chain; that it thereby runs the single files too holds because they say the same."""
+    chain = plan(load(ROOT / "configs/debug/chain.yaml", [], RecipeConfig))
+    assert load(ROOT / f"configs/debug/{name}.yaml", [], schema_of("train")) == chain.stage(stage).config

@@ -1,0 +1,77 @@
+"""A run is the same run when what decides its result is the same: config without execution fields, and what it reads."""
+
+import pytest
+
+from videofm.config import CurateConfig, SampleConfig, TrainConfig
+from videofm.errors import ConfigError
+from videofm.lineage import digest, outside_inputs
+from videofm.run_dir import RunDirectory, fingerprint
+
+TRAIN = {
+    "kind": "train",
+    "models": {"vae": {"name": "vae/ltx"}},
+    "objective": {"kind": "autoencoder"},
+    "data": {"manifest": "m", "num_frames": 9, "height": 32, "width": 32, "micro_batch_size": 2, "num_micro_batches": 4},
+    "optimizer": {"lr": 1e-3},
+    "trainer": {"max_steps": 3},
+}
+
+
+def train(**sections) -> TrainConfig:
+    merged = {key: {**value, **sections.get(key, {})} if isinstance(value, dict) else value for key, value in TRAIN.items()}
+    extra = {key: value for key, value in sections.items() if key not in TRAIN}
+    return TrainConfig.model_validate({**merged, **extra})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel": {"data_degree": 2, "zero_stage": 3}},
+        {"data": {"num_workers": 2, "cache_mib": 64}},
+        {"trainer": {"log_every": 1, "checkpoint_every": 7, "num_threads": 1}},
+        {"wandb": {"mode": "disabled"}},
+    ],
+)
+def test_how_work_is_done_does_not_make_another_run(tmp_path, change):
+    assert fingerprint(train(**change), {}) == fingerprint(train(), {})
+    RunDirectory.create(tmp_path / "run", train())
+    taken_up = RunDirectory.create(tmp_path / "run", train(**change))
+    section, values = next(iter(change.items()))
+    assert {key: taken_up.config[section][key] for key in values} == values, "the worker must see the new value"
+
+
+@pytest.mark.parametrize("change", [{"trainer": {"max_steps": 4}}, {"optimizer": {"lr": 2e-3}}, {"data": {"micro_batch_size": 4}}])
+def test_what_decides_the_result_makes_another_run(tmp_path, change):
+    assert fingerprint(train(**change), {}) != fingerprint(train(), {})
+    RunDirectory.create(tmp_path / "run", train())
+    section, values = next(iter(change.items()))
+    with pytest.raises(ConfigError, match=rf"changed: {section}\.{next(iter(values))}\. "):
+        RunDirectory.create(tmp_path / "run", train(**change))
+
+
+def test_a_file_more_in_the_source_is_another_input(tmp_path):
+    source = tmp_path / "videos"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(b"1")
+    config = CurateConfig.model_validate({"kind": "curate", "source": str(source), "stages": [{"kind": "probe"}]})
+    before = outside_inputs(config)
+    assert list(before) == [f"source: {source}"] and outside_inputs(config) == before
+    (source / "b.mp4").write_bytes(b"2")
+    assert outside_inputs(config) != before
+    assert outside_inputs(config, inside=tmp_path) == {}, "what a recipe made itself is covered by its stages' fingerprints"
+
+
+def test_prompts_and_checkpoints_count_by_content(tmp_path):
+    prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a cat\n")
+    (run / "checkpoints" / "step_00000002").mkdir(parents=True)
+    committed = run / "checkpoints" / "step_00000002" / "COMMITTED.json"
+    committed.write_text("{}")
+    size = {"num_frames": 9, "height": 32, "width": 32, "fps": 8.0}
+    config = SampleConfig.model_validate({"kind": "sample", "run": str(run), "prompts_file": str(prompts), **size})
+    before = outside_inputs(config)
+    assert len(before) == 2 and digest(run) == digest(committed)
+    (run / "log.txt").write_text("a log line is no other model")
+    assert outside_inputs(config) == before
+    prompts.write_text("a dog\n")
+    assert [key for key, value in outside_inputs(config).items() if value != before[key]] == [f"prompts_file: {prompts}"]

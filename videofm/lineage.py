@@ -1,0 +1,69 @@
+"""What a stage reads from outside of its recipe, by content: a part of its fingerprint and of its lineage.
+
+A file is its SHA-256; a dataset its manifest; a training run its newest checkpoint; any other folder the names and sizes of
+its files, which is what a listing can tell without reading everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+_READING = {"source", "prompts_file", "manifest", "path", "run", "samples"}
+"""Names of the fields that hold a path to read."""
+
+
+def outside_inputs(config: BaseModel, inside: Path | None = None) -> dict[str, str]:
+    """`field: path` -> digest, for each path that `config` reads, that exists, and that does not lie in the folder `inside`."""
+    found = {}
+    root = None if inside is None else inside.resolve()
+    for field, value in _paths(config):
+        path = Path(value)
+        if path.exists() and not (root is not None and path.resolve().is_relative_to(root)):
+            found[f"{field}: {os.path.normpath(value)}"] = digest(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 (hex) that stands for the content of `path`; see the head of this file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    committed = sorted(path.glob("checkpoints/step_*/COMMITTED.json")) or sorted(path.glob("COMMITTED.json"))
+    if committed:
+        return digest(committed[-1])
+    manifest = sorted(path.glob("manifest/*.json"))
+    if manifest:
+        return _hash(f"{entry.name} {digest(entry)}" for entry in manifest)
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    return _hash(f"{entry.relative_to(path)} {entry.stat().st_size}" for entry in files)
+
+
+def _hash(lines: Iterator[str]) -> str:
+    total = hashlib.sha256()
+    for line in lines:
+        total.update(line.encode() + b"\n")
+    return total.hexdigest()
+
+
+def _paths(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every reading field of a section and of the sections in it, with its dotted name."""
+    if isinstance(value, BaseModel):
+        items = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return
+    for name, item in items:
+        dotted = f"{field}.{name}" if field else name
+        if isinstance(item, str) and name in _READING and isinstance(value, BaseModel):
+            yield dotted, item
+        else:
+            yield from _paths(item, dotted)
