@@ -19,7 +19,8 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="Run, checkpoint or exported folder whose weights are loaded.")
     role: str | None = Field(None, description="Which role of `path` to load, where it holds several.")
     overrides: dict[str, Any] = Field({}, description="Fields of the model's own config to change.")
-    attention: str = Field("auto", description="Attention backend: auto, math, sdpa, flash_attn or xformers.")
+    attention: str = Field("auto", description="Backend of self-attention: auto, math, sdpa, flash_attn or xformers.")
+    cross_attention: str = Field("auto", description="Backend of attention to the text, which is masked; the same names.")
 
     @field_validator("name")
     @classmethod
@@ -28,7 +29,7 @@ class ModelConfig(Section):
             raise ValueError(f"no model is called {name!r}{nearest(name, MODELS) or '.'} Models: {', '.join(sorted(MODELS))}")
         return name
 
-    @field_validator("attention")
+    @field_validator("attention", "cross_attention")
     @classmethod
     def _known_backend(cls, attention: str) -> str:
         known = ["auto", *ATTENTION_BACKENDS]

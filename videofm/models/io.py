@@ -58,7 +58,8 @@ def load(
     Args:
         path: a run (its newest complete checkpoint is read), a checkpoint, a folder written by `save`, a component folder of
             diffusers or transformers, or a pipeline folder of diffusers with `component`.
-        role: which model of a run or checkpoint; may be left out when there is one.
+        role: which model of a run or checkpoint; may be left out when there is one that it trained. A role that the run
+            only used (the VAE of a DiT) lies in `frozen/ROLE` of the run.
         ema: read the averaged weights of a checkpoint where it has them.
         component: which model of a pipeline folder, such as `"vae"` or `"transformer"`.
         device: where the weights go.
@@ -74,6 +75,9 @@ def load(
         return _load_public(_pick(path, component, "component", _components(path)), device)
     if (path / "config.json").is_file():
         return _load_public(path, device)
+    frozen = _frozen(path, role)
+    if frozen is not None:
+        return _load_ours(frozen, frozen / WEIGHTS, device)
     if (path / "checkpoints").is_dir():
         path = newest_checkpoint(path)
     if (path / COMMITTED).is_file():
@@ -88,6 +92,13 @@ def load(
         f"{path} holds no model: expected {DESCRIPTION} (ours), config.json or model_index.json (diffusers), checkpoints/ "
         f"(a run), or {COMMITTED} (a checkpoint that was saved to its end)."
     )
+
+
+def _frozen(path: Path, role: str | None) -> Path | None:
+    """Where the run of `path` (itself a run, or a checkpoint of one) keeps a role that it did not train, or None."""
+    run = path.resolve().parents[1] if path.parent.name == "checkpoints" else path
+    folder = run / "frozen" / (role or "")
+    return folder if role and (folder / DESCRIPTION).is_file() else None
 
 
 def newest_checkpoint(run: str | Path) -> Path:

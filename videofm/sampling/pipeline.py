@@ -53,7 +53,7 @@ class Pipeline:
         load = resolve("videofm.models:load")
         # A path without a DiT is refused by `load`, which lists the roles that are there. Sampling computes in float32.
         models = {
-            role: load(_frozen(path, role) or path, role=role, component=component, ema=ema, device=device).float()
+            role: load(path, role=role, component=component, ema=ema, device=device).float()
             for role, component in _COMPONENTS.items()
         }
         scheduler = path / "scheduler" / "scheduler_config.json"
@@ -188,13 +188,6 @@ def models_folder(path: str | Path) -> Path:
         if config.get("kind") == "export":
             return Path(config["output"])
     return path
-
-
-def _frozen(path: Path, role: str) -> Path | None:
-    """Where the run of `path` (itself a run, or a checkpoint of one) keeps a role that it did not train, or None."""
-    run = path.resolve().parents[1] if path.parent.name == "checkpoints" else path
-    folder = run / "frozen" / role
-    return folder if (folder / "model.json").is_file() else None
 
 
 @contextmanager

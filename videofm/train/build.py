@@ -57,7 +57,8 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
 
 def _parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, role: str) -> None:
     dtype = torch.bfloat16 if config.trainer.precision == "bf16_autocast" else None
-    options = models.ParallelOptions(attention=config.models[role].attention, dtype=dtype)
+    chosen = config.models[role]
+    options = models.ParallelOptions(chosen.attention, chosen.cross_attention, dtype)
     models.model_spec(model.spec_name).parallelize(model, mesh, options)
 
 
