@@ -153,6 +153,20 @@ def test_two_ranks_give_the_loss_curve_of_one(work, straight):
     assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(one, two, strict=True)) < 1e-3
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(work, straight):
+    """Killed on one rank, resumed on two under another ZeRO stage: the same order of samples, and losses to 1e-4."""
+    run = work / "more_ranks"
+    process = train(work, run.name, DIT, max_steps=20)
+    wait_for_step(run, 8)
+    process.kill()
+    process.communicate()
+    finished(train(work, run.name, DIT, "parallel.data_degree=2", "parallel.zero_stage=3", max_steps=20))
+    one, two = rows(straight), rows(run)
+    assert [row["step"] for row in two] == list(range(1, 21))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)) < 1e-4
+    assert "resuming from step_" in (run / "log.txt").read_text()
+
+
 def test_a_run_directory_of_another_config_is_refused(work, straight):
     output = finished(train(work, "straight", DIT, "optimizer.lr=0.5", max_steps=20), code=2)
     assert "was made by another config" in output and "optimizer.lr" in output

@@ -40,7 +40,9 @@ def test_how_work_is_done_does_not_make_another_run(tmp_path, change):
     assert {key: taken_up.config[section][key] for key in values} == values, "the worker must see the new value"
 
 
-@pytest.mark.parametrize("change", [{"trainer": {"max_steps": 4}}, {"optimizer": {"lr": 2e-3}}, {"data": {"micro_batch_size": 4}}])
+@pytest.mark.parametrize(
+    "change", [{"trainer": {"max_steps": 4}}, {"optimizer": {"lr": 2e-3}}, {"data": {"micro_batch_size": 4}}]
+)
 def test_what_decides_the_result_makes_another_run(tmp_path, change):
     assert fingerprint(train(**change), {}) != fingerprint(train(), {})
     RunDirectory.create(tmp_path / "run", train())

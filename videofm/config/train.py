@@ -126,7 +126,7 @@ class TrainerConfig(Section):
     checkpoint_every: int = execution(200, ge=1, description="Steps between checkpoints; one more is written at the end.")
     keep_checkpoints: int = execution(2, ge=1, description="How many of the newest checkpoints stay.")
     log_every: int = execution(10, ge=1, description="Steps between lines on the console; metrics.jsonl has every step.")
-    num_threads: int | None = execution(None, ge=1, description="CPU threads of a rank; null shares the cores among local ranks.")
+    num_threads: int | None = execution(None, ge=1, description="CPU threads of a rank; null shares the cores out.")
     device: Literal["auto", "cpu", "cuda"] = execution("auto", description="`auto` takes CUDA where it works.")
 
 
@@ -143,7 +143,9 @@ class ParallelConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases. metrics.jsonl is always written; this is a copy."""
 
-    mode: Literal["disabled", "offline", "online"] = execution("offline", description="`offline` writes files and asks for no key.")
+    mode: Literal["disabled", "offline", "online"] = execution(
+        "offline", description="`offline` writes files, asks for no key."
+    )
     project: str = execution("videofm", description="Project name.")
 
 

@@ -111,6 +111,15 @@ def test_roles(tmp_path):
         models.load(tmp_path, role="critic")
 
 
+def test_a_role_that_the_run_only_used_is_found(tmp_path):
+    trained, frozen = tiny(), tiny()
+    newest = checkpoint(tmp_path, 1, {"dit": trained})
+    models.save(frozen, tmp_path / "frozen" / "vae")
+    assert same(models.load(tmp_path, role="vae"), frozen)
+    assert same(models.load(newest, role="vae"), frozen)
+    assert same(models.load(tmp_path, role="dit"), trained) and same(models.load(tmp_path), trained)
+
+
 def test_nothing_to_load(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         models.load(tmp_path / "nowhere")
