@@ -1,6 +1,6 @@
 # `make quickstart` and `make test` need nothing but Python 3.11 (or 3.12); each makes .venv first if there is none.
 PYTHON ?= python3
-# On a machine without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" picks the smaller CPU build of torch.
+# PIP_FLAGS goes to every pip install: an index with the CPU build of torch, say, where the default one has CUDA builds only.
 PIP_FLAGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
