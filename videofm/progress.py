@@ -12,12 +12,20 @@ from pathlib import Path
 LOG = logging.getLogger("videofm")
 
 
+class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever `sys.stderr` is at that moment: a progress bar puts something there that keeps lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def setup_logging(log_file: Path | None = None, level: int = logging.INFO) -> None:
     """Send the log to the console (stderr) and, where given, append it to `log_file`. Calling again replaces both."""
     for handler in list(LOG.handlers):
         LOG.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
@@ -63,6 +71,7 @@ class _TerminalProgress(Progress):
     def __init__(self, description: str, total: int | None, every: float) -> None:
         super().__init__(description, total, every)
         # rich is imported here so that nothing pays for it where output is not a terminal.
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -73,7 +82,7 @@ class _TerminalProgress(Progress):
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            transient=False,
+            console=Console(stderr=True),
         )
         self.task = self.bar.add_task(description, total=total, rate="", note="")
 
