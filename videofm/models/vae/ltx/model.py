@@ -169,8 +169,9 @@ class LTXVideoVAE(nn.Module):
     def init_weights(self) -> None:
         """Where training from scratch starts: each ResBlock is its skip, and latents carry little noise.
 
-        The paper gives no initialisation. These two are ours: on the quick start's clips they are worth 6 dB after 750
-        steps; with torch's own start the decoder first learns to ignore latents that are all noise.
+        The paper gives no initialisation; these two are ours. On the quick start's clips, one seed each: the first gave 19.3
+        instead of 17.1 dB after 240 steps of batch 8, the second 27.2 instead of 23.0 dB at step 750 (under cosine schedules
+        of 1500 and 750 steps). With torch's own start the decoder first learns to ignore latents that are all noise.
         """
         for module in self.modules():
             if isinstance(module, ResBlock):
