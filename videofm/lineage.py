@@ -14,6 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from videofm.files import sha256_of
+
 _READING = {"source", "prompts_file", "manifest", "path", "run", "samples"}
 """Names of the fields that hold a path to read."""
 
@@ -32,8 +34,7 @@ def outside_inputs(config: BaseModel, inside: Path | None = None) -> dict[str, s
 def digest(path: Path) -> str:
     """SHA-256 (hex) that stands for the content of `path`; see the head of this file."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     committed = sorted(path.glob("checkpoints/step_*/COMMITTED.json")) or sorted(path.glob("COMMITTED.json"))
     if committed:
         return digest(committed[-1])

@@ -7,7 +7,6 @@ file, checks every hash before it uses one, and falls back to the checkpoint bef
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from videofm.errors import CheckpointError
+from videofm.files import sha256_of, sync
 from videofm.progress import LOG
 from videofm.run_dir import now, read_json, write_json
 
@@ -55,11 +55,13 @@ def write_checkpoint(checkpoints: Path, step: int, files: CheckpointFiles) -> Pa
     for name, value in files.values.items():
         write_json(aside / f"{name}.json", value)
     written = sorted(path for path in aside.rglob("*") if path.is_file())
-    listing = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sync_and_hash(path)} for path in written}
+    for path in written:
+        sync(path)
+    listing = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in written}
     write_json(aside / COMMITTED, {"format": _FORMAT, "step": step, "time": now(), "files": listing})
-    _sync(aside)
+    sync(aside)
     os.replace(aside, target)
-    _sync(checkpoints)
+    sync(checkpoints)
     return target
 
 
@@ -82,7 +84,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} bytes, not {expected['bytes']}")
-        if _hash(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{folder} is damaged: the SHA-256 of {name} is not the one recorded when it was written")
 
 
@@ -118,21 +120,3 @@ def prune(checkpoints: Path, keep: int) -> None:
         trash = folder.with_name(f".{folder.name}.trash")
         os.replace(folder, trash)
         shutil.rmtree(trash)
-
-
-def _sync_and_hash(path: Path) -> str:
-    _sync(path)
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Files that survive a crash: hashed while written, flushed with their folder, locked while they are put in place."""
+"""Writing shards so that they survive a crash: hashed while written, locked while they are put in place."""
 
 from __future__ import annotations
 
@@ -40,18 +40,3 @@ def lock(path: Path) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
     path.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

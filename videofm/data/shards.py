@@ -29,8 +29,9 @@ from typing import IO, Any, cast
 import pyarrow
 import pyarrow.parquet
 
-from videofm.data.files import HashingFile, lock, sha256_of, sync_folder
+from videofm.data.files import HashingFile, lock
 from videofm.errors import DataError
+from videofm.files import sha256_of, sync
 from videofm.run_dir import read_json
 
 VERSION = 1
@@ -170,8 +171,8 @@ class ShardWriter:
             if not _manifest_path(self.folder, self.group).exists():
                 os.replace(self.folder / (self.tar + self._suffix), self.folder / self.tar)
                 os.replace(temporary_index, self.folder / self.index)
-                sync_folder(self.folder / "shards")
-                sync_folder(self.folder / "index")
+                sync(self.folder / "shards")
+                sync(self.folder / "index")
                 _publish(_manifest_path(self.folder, self.group), entry)
         self._discard()
         committed = read_entry(self.folder, self.group)
@@ -355,7 +356,7 @@ def _publish(path: Path, entry: Entry, overwrite: bool = False) -> None:
             pass  # the other writer's entry stands; `commit` reads it
         finally:
             temporary.unlink()
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _check_sha256(path: Path, expected: str) -> None:

@@ -20,7 +20,7 @@ from videofm.errors import VideofmError
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.mpu import DeepSpeedMpu
 from videofm.parallel.rng import KeyedRng
-from videofm.train.optim import local_shard, parameter_groups, take_shard
+from videofm.train.optim import parameter_groups, take_shard
 from videofm.types import Batch, Objective
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -109,10 +109,6 @@ class PhaseEngine:
         if grad_norm is None:
             grad_norm = float(self.engine.get_global_grad_norm())
         return {**means, "grad_norm": grad_norm}
-
-    def parameter(self, name: str) -> Tensor:
-        """This rank's part of a parameter (see `optim.local_shard`)."""
-        return local_shard(self.named_parameters[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Adam's two moments as whole fp32 tensors, `exp_avg.ROLE.NAME`; the same for every ZeRO stage. All ranks call it."""

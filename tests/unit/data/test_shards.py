@@ -58,7 +58,7 @@ def test_same_clips_give_the_same_bytes(tmp_path):
     assert Manifest.load(tmp_path / "a").hash == Manifest.load(tmp_path / "b").hash
 
 
-@pytest.mark.parametrize("step", ["_write_index", "_publish", "sync_folder", "os.replace 1", "os.replace 2", "os.link"])
+@pytest.mark.parametrize("step", ["_write_index", "_publish", "sync", "os.replace 1", "os.replace 2", "os.link"])
 def test_crash_within_commit_leaves_nothing_visible_and_a_second_run_completes(tmp_path, monkeypatch, step):
     def crash(*_, **__):
         raise OSError("power cut")
