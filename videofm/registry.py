@@ -11,8 +11,18 @@ from videofm.errors import ConfigError
 
 MODELS = {
     "vae/ltx": "videofm.models.vae.ltx:SPEC",
+    "vae/cv_vae": "videofm.models.vae.cv_vae:SPEC",
+    "vae/cv_vae_sd3": "videofm.models.vae.cv_vae:SPEC_SD3",
+    "vae/image_kl": "videofm.models.vae.image_kl:SPEC",
+    "vae/od_vae": "videofm.models.vae.od_vae:SPEC",
+    "vae/step_video": "videofm.models.vae.step_video:SPEC",
     "dit/ltx": "videofm.models.dit.ltx:SPEC",
+    "dit/step_video": "videofm.models.dit.step_video:SPEC",
     "text/t5": "videofm.models.text.t5:SPEC",
+    "text/step_video": "videofm.models.text.step_video:SPEC",
+    "discriminator/patchgan_3d": "videofm.models.discriminators.patchgan_3d:SPEC",
+    "perceptual/lpips": "videofm.models.perceptual.lpips:SPEC",
+    "perceptual/i3d": "videofm.models.perceptual.i3d:SPEC",
 }
 
 OBJECTIVES = {

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from pathlib import Path
+
+    from torch import Generator, Tensor, nn
 
     AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     """q, k, v `(B, L, N, K)`, mask (bool, True = may attend, broadcasts to `(B, N, Lq, Lk)`) or None -> `(B, L, N, K)`."""
@@ -59,10 +61,23 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded text. `embeddings` is `(B, L, D)`, `mask` is `(B, L)` bool, True where a token is real."""
+    """Encoded text. `embeddings` is `(B, L, D)`, `mask` is `(B, L)` bool, True where a token is real.
+
+    `clip_embeddings` `(B, M, E)` is what a second encoder makes of the same text, all of it valid (Step-Video), or None.
+    """
 
     embeddings: Tensor
     mask: Tensor
+    clip_embeddings: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The texts with the numbers `index` `(B',)`."""
+        clip = None if self.clip_embeddings is None else self.clip_embeddings[index]
+        return Conditioning(self.embeddings[index], self.mask[index], clip)
+
+    def trimmed(self, length: int) -> Conditioning:
+        """The first `length` tokens of each text; `clip_embeddings` stay whole."""
+        return Conditioning(self.embeddings[:, :length], self.mask[:, :length], self.clip_embeddings)
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,9 @@ class Loss:
 
     `total` is the *sum* over the local samples of each sample's mean loss: the engine divides it by the number of samples
     of the whole step, so that the gradient does not depend on how samples are spread over ranks and micro-batches.
-    `metrics` are detached scalars of the same form (sums over local samples), averaged the same way for the log.
+    `metrics` are detached scalars of the same form (sums over local samples), averaged the same way for the log. Two of them
+    say what a sample costs, where an objective counts it, and become rates in the log: `tokens`, latent tokens that the trained
+    model sees, and `flops`, operations forward and backward.
     """
 
     total: Tensor
@@ -111,9 +128,23 @@ class SampleRng(Protocol):
         """Uniform in [0, 1), `(B, *shape)`, float32, on the device of the batch."""
         ...
 
+    def generator(self, name: str) -> Generator:
+        """A CPU generator for draws that the samples of the micro-batch share; keyed by its first sample."""
+        ...
+
 
 class Objective(Protocol):
-    """A loss over roles. `roles` names the models it needs, `phases` maps a phase to the roles that it trains."""
+    """A loss over roles. `roles` names the models it needs, `phases` maps a phase to the roles that it trains.
+
+    An objective may also have any of these, which the trainer looks for:
+
+    - `own_models`: role -> fields of a `ModelConfig`, for models that the objective's own section asks for;
+    - `check(models)`: refuse models that do not fit, before anything runs;
+    - `active_phases(step)`: the phases of optimizer step `step`, in order, where not all run in each;
+    - `prepare(models, batches, rngs, phase, all_sum)`: what has to be known about the whole step, over all ranks, before the
+      first loss of it; `loss` gets what it returns as a fifth argument. `all_sum(tensor)` adds over the ranks;
+    - `after_training(models, batches)`: numbers for the log, once the last step is done.
+    """
 
     roles: tuple[str, ...]
     phases: Mapping[str, tuple[str, ...]]
@@ -148,7 +179,8 @@ class ModelSpec:
     """A model, by parts: no data, no loss, no optimizer.
 
     `config` is its dataclass, `sizes` the named instances, `build(config)` makes the module for one device, `parallelize(model,
-    mesh, options)` binds attention and splits what is split, `adapter` translates to the public layout.
+    mesh, options)` binds attention and splits what is split, `adapter` translates to the public layout, and `inflate(model,
+    folder)`, where a video VAE has it, fills a fresh model in place with the weights of an image VAE.
     """
 
     name: str
@@ -157,3 +189,4 @@ class ModelSpec:
     build: Callable[[Any], nn.Module]
     parallelize: Callable[..., nn.Module]
     adapter: StateDictAdapter
+    inflate: Callable[[nn.Module, str | Path], None] | None = None

@@ -25,9 +25,16 @@ def psnr(reconstruction: Tensor, original: Tensor) -> Tensor:
     Returns:
         `(B,)` float32. Equal clips show 106 dB, where the mean squared error is cut off at 1e-10.
     """
-    _check(reconstruction, original)
-    mse = (reconstruction.float() - original.float()).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(DATA_RANGE**2 / mse.clamp_min(_MIN_MSE))
+    return _decibels(_frame_mse(reconstruction, original).mean(dim=1))
+
+
+def psnr_per_frame(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """PSNR of each frame in dB, `(B, T)` float32, from the error of that frame alone.
+
+    Its mean over frames is not `psnr` of the clip, which takes the logarithm of the mean error: by convexity it is at least
+    as large. Arguments as in `psnr`.
+    """
+    return _decibels(_frame_mse(reconstruction, original))
 
 
 def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
@@ -45,17 +52,37 @@ def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
     Raises:
         DataError: shapes differ, or frames are smaller than the window.
     """
+    return _frame_ssim(reconstruction, original).mean(dim=1).float()
+
+
+def ssim_per_frame(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity of each frame, `(B, T)` float32, whose mean over frames is `ssim`. Arguments as in `ssim`."""
+    return _frame_ssim(reconstruction, original).float()
+
+
+def _frame_mse(reconstruction: Tensor, original: Tensor) -> Tensor:
     _check(reconstruction, original)
-    num_clips, height, width = original.shape[0], original.shape[3], original.shape[4]
+    return (reconstruction.float() - original.float()).square().mean(dim=(1, 3, 4))  # (B, C, T, H, W) -> (B, T)
+
+
+def _decibels(mse: Tensor) -> Tensor:
+    return 10 * torch.log10(DATA_RANGE**2 / mse.clamp_min(_MIN_MSE))
+
+
+def _frame_ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
+    # (B, T) float64.
+    _check(reconstruction, original)
+    num_clips, num_frames, height, width = (original.shape[dim] for dim in (0, 2, 3, 4))
     if min(height, width) < WINDOW:
         raise DataError(f"SSIM needs frames of at least {WINDOW}x{WINDOW} pixels, not {height}x{width}.")
-    x, y = (rearrange(video.double(), "b c t h w -> (b c t) 1 h w") for video in (reconstruction, original))
+    x, y = (rearrange(video.double(), "b c t h w -> (b t c) 1 h w") for video in (reconstruction, original))
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
     contrast_structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
-    return (luminance * contrast_structure).reshape(num_clips, -1).mean(dim=1).float()
+    similarity = luminance * contrast_structure
+    return similarity.reshape(num_clips, num_frames, -1).mean(dim=2)  # (B T C, 1, h, w) -> (B, T)
 
 
 def _blur(images: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ Weights are safetensors only. No file carries a path of this machine. The folder
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +21,11 @@ from torch import Tensor, nn
 
 from videofm import models
 from videofm.errors import ConfigError
+from videofm.export.replace import replacing
 from videofm.run_dir import write_json
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PIPELINE, _SCHEDULER = "LTXPipeline", "FlowMatchEulerDiscreteScheduler"
 _TRANSFORMER, _VAE, _TEXT_ENCODER = "LTXVideoTransformer3DModel", "AutoencoderKLLTXVideo", "T5EncoderModel"
 
@@ -37,7 +37,7 @@ def write_diffusers_folder(
     vae: nn.Module,
     text_encoder: nn.Module,
     scheduler_config: Mapping[str, Any],
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Dtype = "fp32",
 ) -> Path:
     """Write the three models, the tokenizer and the scheduler to `output`, replacing an older export there as a whole.
 
@@ -54,22 +54,14 @@ def write_diffusers_folder(
     Raises:
         ConfigError: a model that LTXPipeline cannot hold, or `output` is something else than an older export.
     """
-    output = Path(output)
-    _check_replaceable(output)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _write_model(aside / "transformer", dit, _TRANSFORMER, _DTYPES[dtype])
-        _write_model(aside / "vae", vae, _VAE, _DTYPES[dtype])
-        _write_model(aside / "text_encoder", text_encoder, _TEXT_ENCODER, _DTYPES[dtype])
-        _write_tokenizer(aside / "tokenizer", text_encoder.tokenizer)
-        _write_config(aside / "scheduler" / "scheduler_config.json", {"_class_name": _SCHEDULER} | dict(scheduler_config))
-        _write_config(aside / "model_index.json", _model_index(text_encoder))
-        _replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return output
+    with replacing(output, "model_index.json") as folder:
+        write_model(folder / "transformer", dit, dtype, _TRANSFORMER)
+        write_model(folder / "vae", vae, dtype, _VAE)
+        write_model(folder / "text_encoder", text_encoder, dtype, _TEXT_ENCODER)
+        _write_tokenizer(folder / "tokenizer", text_encoder.tokenizer)
+        _write_config(folder / "scheduler" / "scheduler_config.json", {"_class_name": _SCHEDULER} | dict(scheduler_config))
+        _write_config(folder / "model_index.json", _model_index(text_encoder))
+    return Path(output)
 
 
 def _model_index(text_encoder: nn.Module) -> dict[str, Any]:
@@ -84,13 +76,18 @@ def _model_index(text_encoder: nn.Module) -> dict[str, Any]:
     }
 
 
-def _write_model(folder: Path, model: nn.Module, wanted_class: str, dtype: torch.dtype) -> None:
+def write_model(folder: Path, model: nn.Module, dtype: Dtype, wanted_class: str | None = None) -> None:
+    """Write `config.json` and the weights of `model`, in its public layout, into `folder`.
+
+    Raises:
+        ConfigError: its public class is not the one that the pipeline wants there.
+    """
     adapter = models.adapter(model.spec_name)
     config = adapter.public_config(model.config)
     # diffusers names the class in `_class_name`, transformers in `architectures`.
     of_transformers = "architectures" in config
     found = config["architectures"][0] if of_transformers else config.get("_class_name")
-    if found != wanted_class:
+    if wanted_class not in (None, found):
         raise ConfigError(
             f"{model.spec_name} is of the public class {found}, and {_PIPELINE} needs {wanted_class} as its {folder.name}: "
             "export a run whose models are dit/ltx, vae/ltx and text/t5."
@@ -100,7 +97,7 @@ def _write_model(folder: Path, model: nn.Module, wanted_class: str, dtype: torch
         config |= {"dtype": "float32"}
     _write_config(folder / "config.json", config, diffusers=not of_transformers)
     name = "model.safetensors" if of_transformers else "diffusion_pytorch_model.safetensors"
-    _write_tensors(folder / name, adapter.to_public(models.weights(model)), dtype)
+    write_tensors(folder / name, adapter.to_public(models.weights(model)), dtype)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -110,13 +107,14 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
         write_json(path, _without_paths(value))
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: Dtype, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors`, floats of them as `dtype`, with `metadata` beside the mark of PyTorch that readers ask for."""
     stored = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        tensor = tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype)
         stored[name] = tensor.clone(memory_format=torch.contiguous_format)  # views that share memory cannot be stored
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(stored, path, metadata={"format": "pt"})
+    save_file(stored, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def _write_config(path: Path, config: Mapping[str, Any], diffusers: bool = True) -> None:
@@ -136,28 +134,3 @@ def _diffusers_version() -> dict[str, str]:
         return {"_diffusers_version": metadata.version("diffusers")}
     except metadata.PackageNotFoundError:
         return {}  # a note for readers of the file; loading does not need it
-
-
-def _check_replaceable(output: Path) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "model_index.json").exists()):
-        raise ConfigError(
-            f"{output} exists and is not an exported folder (it has no model_index.json): it is not replaced. "
-            "Choose another output, or move it away."
-        )
-
-
-def _replace(aside: Path, output: Path) -> None:
-    # No call exchanges two folders everywhere: for a moment between two renames there is none. A crash there leaves both.
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    try:
-        os.rename(aside, output)
-    except OSError:
-        if old.exists():
-            os.rename(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

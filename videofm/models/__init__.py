@@ -1,21 +1,47 @@
 """Models by name: what there is, how to build one, how to load one. The public surface of `videofm.models`."""
 
-from videofm.models.catalog import adapter, build, config, model_spec, names, sizes
-from videofm.models.io import describe, load, load_weights, newest_checkpoint, save, weights
+from videofm.models.catalog import adapter, build, config, inflate, model_spec, names, sizes
+from videofm.models.initial import Initial, initial
+from videofm.models.io import (
+    CRITIC,
+    describe,
+    load,
+    load_weights,
+    newest_checkpoint,
+    save,
+    save_adapter,
+    save_base,
+    save_public,
+    trained_roles,
+    weights,
+)
+from videofm.models.lora import freeze_all_but_lora, inject_lora, lora_spec, merge_lora
 from videofm.models.spec import ParallelOptions
 
 __all__ = [
+    "CRITIC",
+    "Initial",
     "ParallelOptions",
     "adapter",
     "build",
     "config",
     "describe",
+    "freeze_all_but_lora",
+    "inflate",
+    "initial",
+    "inject_lora",
     "load",
     "load_weights",
+    "lora_spec",
+    "merge_lora",
     "model_spec",
     "names",
     "newest_checkpoint",
     "save",
+    "save_adapter",
+    "save_base",
+    "save_public",
     "sizes",
+    "trained_roles",
     "weights",
 ]

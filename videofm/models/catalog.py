@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,3 +69,23 @@ def build(name: str, size: str | None = None, device: str | torch.device = "cpu"
     values = config(name, size, **overrides)
     with torch.device(device):
         return model_spec(name).build(values)
+
+
+def inflate(model: nn.Module, folder: str | Path) -> None:
+    """Fill a fresh video VAE, in place, with the weights of the smaller model that it starts from.
+
+    That is an image VAE for `vae/cv_vae` and `vae/od_vae` (a local folder of diffusers' `AutoencoderKL`, or a run of
+    `vae/image_kl`), and a run of training stage one for `vae/step_video`.
+
+    Raises:
+        ConfigError: this model has no smaller one to start from.
+        CheckpointError: nothing there, or a model of another shape.
+    """
+    name = str(model.spec_name)
+    fill = model_spec(name).inflate
+    if fill is None:
+        able = [other for other in names() if model_spec(other).inflate is not None]
+        raise ConfigError(
+            f"{name} cannot start from a smaller model: its layers have no counterpart there. These can: {', '.join(able)}."
+        )
+    fill(model, folder)

@@ -12,10 +12,17 @@ NUM_SINUSOID_CHANNELS = 256
 
 def sinusoid(values: Tensor, num_channels: int = NUM_SINUSOID_CHANNELS, max_period: float = 10000.0) -> Tensor:
     """Cosines then sines of `values` at falling frequencies; `(...,)` -> `(..., num_channels)` float32."""
-    half = num_channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[..., None] * torch.exp(-math.log(max_period) * exponents)
+    angles = values.float()[..., None] * wave_frequencies(num_channels, max_period, values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def wave_frequencies(
+    num_channels: int = NUM_SINUSOID_CHANNELS, max_period: float = 10000.0, device: torch.device | str | None = None
+) -> Tensor:
+    """The frequencies of `sinusoid`, from 1 down to nearly `1 / max_period`, `(num_channels // 2,)` float32."""
+    half = num_channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=device) / half
+    return torch.exp(-math.log(max_period) * exponents)
 
 
 class ScalarEmbedding(nn.Module):

@@ -1,7 +1,12 @@
-"""Rotary positions over fractional coordinates (LTX-Video, arXiv 2501.00103, section 2.3; spec C.3).
+"""Rotary positions along time, height and width, in two families. Everything is float32, also under autocast.
 
-A token has coordinates (seconds, pixels down, pixels right). Divided by the span of each axis they are fractions of the largest
-video; frequencies rise exponentially from pi/2 to theta * pi/2. Everything is float32, also under autocast.
+Fractional (LTX-Video, arXiv 2501.00103, section 2.3; spec C.3): `video_coordinates`, `rotary_table`, `rotate`. A token has
+coordinates (seconds, pixels down, pixels right). Divided by the span of each axis they are fractions of the largest video;
+frequencies rise exponentially from pi/2 to theta * pi/2; all heads together are rotated, in adjacent pairs.
+
+Counted (Step-Video, arXiv 2502.10248, section 4; spec step-video A3): `cell_coordinates`, `cell_rotary_table`, `rotate_halves`.
+A token is at whole numbers (frame, row, column). Each head has channels for each axis, whose first half is paired with the
+second.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from videofm.errors import ConfigError
 from videofm.types import Compression
 
 SPAN = (20.0, 2048.0, 2048.0)
@@ -21,7 +27,7 @@ SPAN = (20.0, 2048.0, 2048.0)
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of each token's angles, both `(B, L, D)` float32; adjacent channels share an angle."""
+    """Cosines and sines of each token's angles, float32: `(B, L, D)`, or `(B, L, 1, K)` where heads are rotated alike."""
 
     cos: Tensor
     sin: Tensor
@@ -85,3 +91,55 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     even, odd = rearrange(x, "b l (d two) -> two b l d", two=2)
     turned = rearrange([-odd, even], "two b l d -> b l (d two)")
     return (x.float() * table.cos + turned.float() * table.sin).to(x.dtype)
+
+
+def cell_coordinates(shape: tuple[int, int, int], batch_size: int, device: torch.device | str | None = None) -> Tensor:
+    """The number of every latent cell along each axis, from 0, in the order of `tokens_from_latents`.
+
+    Args:
+        shape: (T, H, W) in latent cells.
+        batch_size: B.
+        device: of the result.
+
+    Returns:
+        `(B, 3, L)` float32: frame, row, column.
+    """
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    return repeat(torch.stack(torch.meshgrid(*axes, indexing="ij")), "xyz t h w -> b xyz (t h w)", b=batch_size)
+
+
+def head_split(head_width: int) -> tuple[int, int, int]:
+    """Channels of a head for (time, height, width): a half and two quarters, 64, 32 and 32 of the 128 of Step-Video.
+
+    Raises:
+        ConfigError: `head_width` is no multiple of 8, so that a quarter is odd.
+    """
+    if head_width % 8 or head_width < 8:
+        raise ConfigError(
+            f"head_width {head_width}: rotary positions give a half of a head to time and a quarter each to height and width, "
+            f"in pairs of channels; take a multiple of 8."
+        )
+    return head_width // 2, head_width // 4, head_width // 4
+
+
+def cell_rotary_table(coordinates: Tensor, head_width: int, theta: float = 10000.0) -> RotaryTable:
+    """The table of `rotate_halves` for tokens at `coordinates` `(B, 3, L)`; cos and sin are `(B, L, 1, K)`, for any head.
+
+    Channels i and i + n / 2 of the n that an axis has share the angle `coordinate * theta ** (-2 i / n)`.
+    """
+    angles = []
+    for axis, num_channels in enumerate(head_split(head_width)):
+        exponents = torch.arange(0, num_channels, 2, dtype=torch.float32, device=coordinates.device) / num_channels
+        axis_angles = coordinates[:, axis, :, None].float() * theta**-exponents  # (B, L, n / 2)
+        angles += [axis_angles, axis_angles]
+    joined = rearrange(torch.cat(angles, dim=-1), "b l k -> b l 1 k")
+    return RotaryTable(joined.cos(), joined.sin())
+
+
+def rotate_halves(x: Tensor, table: RotaryTable) -> Tensor:
+    """Every head of `x` `(B, L, N, K)` turned by the angles of its token; computed in float32, returned in the dtype of `x`."""
+    wide = x.float()
+    sizes = [num_channels // 2 for num_channels in head_split(x.shape[-1]) for _ in range(2)]
+    t1, t2, h1, h2, w1, w2 = wide.split(sizes, dim=-1)
+    turned = torch.cat([-t2, t1, -h2, h1, -w2, w1], dim=-1)
+    return (wide * table.cos + turned * table.sin).to(x.dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from videofm.errors import DataError
-from videofm.evaluation.reconstruction import psnr, ssim
+from videofm.evaluation.reconstruction import psnr, psnr_per_frame, ssim, ssim_per_frame
 
 
 def random_clip(seed: int, shape: tuple[int, ...] = (2, 3, 2, 14, 13)) -> torch.Tensor:
@@ -65,6 +65,30 @@ def test_ssim_equals_the_reference() -> None:
         planes = [(x[clip, c, t].double().numpy(), y[clip, c, t].double().numpy()) for c in range(3) for t in range(2)]
         expected.append(np.mean([reference_ssim(a, b) for a, b in planes]))
     torch.testing.assert_close(ssim(x, y), torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)
+
+
+def test_psnr_per_frame() -> None:
+    """Offsets 0.2 and 0.02 in the two frames: 20 and 40 dB. The clip has the mean error (0.04 + 0.0004) / 2 = 0.0202, so
+    10 log10(4 / 0.0202) = 22.967 dB, not the 30 dB of the mean.
+    """
+    clip = random_clip(0) * 0.5
+    offset = torch.tensor([0.2, 0.02]).view(1, 1, 2, 1, 1)
+    torch.testing.assert_close(psnr_per_frame(clip + offset, clip), torch.tensor([[20.0, 40.0]] * 2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(psnr(clip + offset, clip), torch.full((2,), 22.967), atol=2e-3, rtol=0)
+    torch.testing.assert_close(psnr_per_frame(clip, clip), torch.full((2, 2), 106.0206))
+
+
+def test_ssim_per_frame() -> None:
+    """Each frame against the reference; frames are those of the clip alone, and their mean is the clip's value."""
+    x, y = random_clip(2), random_clip(2) * 0.7 + random_clip(3) * 0.3
+    y[0, :, 1] = x[0, :, 1]
+    frames = ssim_per_frame(x, y)
+    planes = [[zip(x[n, :, t].double().numpy(), y[n, :, t].double().numpy(), strict=True) for t in range(2)] for n in range(2)]
+    expected = [[np.mean([reference_ssim(a, b) for a, b in frame]) for frame in clip] for clip in planes]
+    torch.testing.assert_close(frames, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)
+    assert frames[0, 1] == 1 and frames[0, 0] < 0.99
+    torch.testing.assert_close(frames.mean(dim=1), ssim(x, y))
+    torch.testing.assert_close(frames[:, 1:], ssim_per_frame(x[:, :, 1:], y[:, :, 1:]))
 
 
 def test_refusals() -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from videofm import models
+from tests.unit.sampling import tiny
 from videofm.errors import ConfigError
 from videofm.export import write_diffusers_folder
 from videofm.sampling import Pipeline
@@ -25,15 +25,12 @@ PROMPTS = ["a red circle moving left", "a cyan square"]
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    vae = models.build("vae/ltx", "tiny")
-    vae.set_latent_statistics(torch.randn(16) / 10, torch.rand(16) + 0.5)
-    return Pipeline(models.build("dit/ltx", "tiny", num_layers=2), vae, models.build("text/t5", "tiny"))
+    return tiny.pipeline(text_length=128)
 
 
 def export(pipeline: Pipeline, folder: Path, dtype: str = "fp32") -> Path:
     parts = {"dit": pipeline.dit, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    return write_diffusers_folder(folder, **parts, scheduler_config=pipeline.schedule.public_config(), dtype=dtype)  # type: ignore[arg-type]
+    return write_diffusers_folder(folder, **parts, scheduler_config=pipeline.schedule.public_config(), dtype=dtype)  # type: ignore
 
 
 @pytest.fixture(scope="module")

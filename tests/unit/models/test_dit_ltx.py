@@ -72,6 +72,14 @@ def test_our_coordinates_are_what_the_pipeline_of_diffusers_uses(model, theirs, 
     torch.testing.assert_close(model(**inputs), reference(theirs, inputs, **scale), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("causal_fix", "seconds"), [(False, [0.0, 0.5, 1.0]), (True, [0.0, 0.125, 0.625])])
+def test_the_model_says_where_latent_cells_lie(model, causal_fix, seconds):
+    """Latent frame f starts at pixel frame 4 f, or with the fix at max(0, 4 f - 3); eight frames a second."""
+    found = model.coordinates(SHAPE, torch.tensor([8.0]), Compression(4, 8, 16), causal_fix).reshape(1, 3, *SHAPE)
+    assert found[0, 0, :, 0, 0].tolist() == seconds
+    assert found[0, 1, 0, :, 0].tolist() == [0, 8] and found[0, 2, 0, 0].tolist() == [0, 16, 32, 48]
+
+
 @torch.no_grad()
 def test_frame_rate_and_mask_matter(model, inputs):
     """The negative control of the three tests above."""
@@ -113,6 +121,45 @@ def test_permuted_tokens_give_a_permuted_velocity(model, inputs):
     torch.testing.assert_close(model(**moved), model(**inputs)[:, order], rtol=0, atol=1e-5)
     unmoved = moved | {"coordinates": inputs["coordinates"]}
     assert (model(**unmoved) - model(**inputs)[:, order]).abs().max() > 1e-3  # without its coordinate a token is another token
+
+
+@torch.no_grad()
+def test_a_text_without_a_real_token_counts_as_all_real(model, theirs, inputs):
+    """As in diffusers, whose mask adds -10,000 to every logit of it; that leaves float32 three decimals of a logit."""
+    text = inputs["conditioning"]
+    none = Conditioning(text.embeddings, torch.tensor([[False] * 6, [True] * 6]))
+    every = Conditioning(text.embeddings, torch.ones(2, 6, dtype=torch.bool))
+    found = model(**inputs | {"conditioning": none})
+    assert torch.equal(found, model(**inputs | {"conditioning": every})) and found.isfinite().all()
+    expected = reference(theirs, inputs | {"conditioning": none}, video_coords=inputs["coordinates"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_some_of_the_tokens_are_a_sequence_of_their_own(model, theirs, inputs):
+    """Token dropping: any subset, in any order, with its coordinates and noise levels, is what diffusers makes of it."""
+    kept = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(3))[: LENGTH * 4 // 5]
+    some = inputs | {
+        "latent_tokens": inputs["latent_tokens"][:, kept],
+        "coordinates": inputs["coordinates"][:, :, kept],
+        "sigma": torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(4))[:, kept],
+    }
+    expected = reference(theirs, some, video_coords=some["coordinates"])
+    torch.testing.assert_close(model(**some), expected, rtol=0, atol=1e-5)
+    in_order = kept.argsort()
+    sorted_ = some | {name: some[name][..., in_order] for name in ("coordinates", "sigma")}
+    sorted_["latent_tokens"] = some["latent_tokens"][:, in_order]
+    torch.testing.assert_close(model(**sorted_), model(**some)[:, in_order], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_later_clip_is_the_same_clip(model, inputs):
+    """Positions are relative: a second added to every token's time; stretching time instead is seen."""
+    base, moved = model(**inputs), inputs["coordinates"].clone()
+    moved[:, 0] += 1.0
+    assert (model(**inputs | {"coordinates": moved}) - base).abs().max() < 1e-4
+    stretched = inputs["coordinates"] * torch.tensor([1.5, 1.0, 1.0])[:, None]
+    assert (model(**inputs | {"coordinates": stretched}) - base).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def checkpoint(run, step, roles, ema=None, complete=True):
 
 
 def test_public_surface():
-    assert models.names() == ["vae/ltx", "dit/ltx", "text/t5"]
+    assert {"vae/ltx", "dit/ltx", "text/t5"} <= set(models.names())
     assert models.sizes("dit/ltx") == ["tiny", "2b", "13b"]
     assert models.adapter("dit/ltx") is models.model_spec("dit/ltx").adapter
     assert models.build("dit/ltx", "2b", device="meta").proj_in.weight.is_meta
@@ -136,7 +136,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     good = load_file(file)
     less = dict(list(good.items())[6:])
     save_file(less | {"extra": torch.zeros(1), "proj_out.bias": torch.zeros(3)}, file)
-    listed = r"6 missing: (\S+, ){4}\S+ and 1 more; 1 unexpected: extra; 1 of another shape: proj_out.bias \(3,\) for \(16,\)"
+    listed = r"6 missing: (\S+, ){5}\S+; 1 unexpected: extra; 1 of another shape: proj_out.bias \(3,\) for \(16,\)"
     with pytest.raises(CheckpointError, match=listed):
         models.load(folder)
     file.write_bytes(file.read_bytes()[:100])
@@ -148,6 +148,45 @@ def test_tensors_that_do_not_fit(tmp_path):
     (folder / "model.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"model\.json is damaged"):
         models.load(folder)
+
+
+def test_a_damaged_file_says_how(tmp_path):
+    """The file by its own account: 8 bytes of length, a header, 400 bytes of tensor."""
+    file = tmp_path / "original.safetensors"
+    save_file({"decoder.up_blocks.0.res_blocks.0.conv1.conv.bias": torch.zeros(100)}, file)
+    whole = file.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    assert len(whole) == 8 + header + 400
+    for cut, announced in ((8 + header + 40, 8 + header + 400), (20, 8 + header)):
+        file.write_bytes(whole[:cut])
+        message = (
+            rf"original\.safetensors is damaged\. It has {cut} bytes; its header announces {announced}: it was cut off; copy"
+        )
+        with pytest.raises(CheckpointError, match=message):
+            models.load(file)
+    for content in (b"", b"<html>not found</html>", whole[:8] + b"x" * header + whole[8 + header :]):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"It has {len(content)} bytes; safetensors says: .* download it again"):
+            models.load(file)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="it is a pointer of git-lfs in the place of the weights"):
+        models.load(file)
+
+
+def test_files_that_no_model_reads(tmp_path):
+    pickled = tmp_path / "vae.ckpt"
+    pickled.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"vae\.ckpt is no \.safetensors file\. Nothing else is read"):
+        models.load(pickled)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({"lora.weight": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match=r"no original single file of a model here; its first tensors: lora\.weight\.$"):
+        models.load(file)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"lies beside a config\.json: pass the folder"):
+        models.load(file)
+    with pytest.raises(CheckpointError, match=r"lies beside a model\.json: pass the folder"):
+        models.load(models.save(tiny(), tmp_path / "ours") / "model.safetensors")
 
 
 def test_a_class_that_no_model_reads(tmp_path):

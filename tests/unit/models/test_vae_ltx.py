@@ -1,5 +1,7 @@
 """The LTX VAE against diffusers, and its laws (spec B, F-LTX)."""
 
+import math
+
 import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo
@@ -109,7 +111,7 @@ def test_the_encoder_is_causal(version):
     model = small(version)
     video = clip(model, num_latent_frames=4, cells=1)
     changed = video.clone()
-    changed[:, :, 1 + model.compression.time :] += 0.5
+    changed[:, :, 1 + model.compression.time :] *= -0.5
     first, second = model.encode(video), model.encode(changed)
     assert torch.equal(first.mean[:, :, :2], second.mean[:, :, :2])
     assert not torch.equal(first.mean[:, :, 2:], second.mean[:, :, 2:])
@@ -123,7 +125,7 @@ def test_a_centred_encoder_is_not_causal():
     model = small("tiny", encoder_causal=False)
     video = clip(model, num_latent_frames=4, cells=1)
     changed = video.clone()
-    changed[:, :, 1 + model.compression.time :] += 0.5
+    changed[:, :, 1 + model.compression.time :] *= -0.5
     assert not torch.equal(model.encode(video).mean[:, :, :2], model.encode(changed).mean[:, :, :2])
 
 
@@ -227,3 +229,79 @@ def test_foreign_keys_are_refused():
         ADAPTER.to_public({"encoder.extra": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"unknown keys \['wings'\]"):
         ADAPTER.config_from_public({"_class_name": "AutoencoderKLLTXVideo", "wings": 2})
+
+
+@pytest.mark.parametrize("version", SMALL)
+@pytest.mark.parametrize("latent_chunks", [[1, 1, 1, 1], [1, 3], [2, 2], [3, 1]])
+@torch.no_grad()
+def test_streaming_equals_the_whole(version, latent_chunks):
+    """Both ways, for every chunking that the frame rule allows; the decoder causal, which no release is."""
+    model = small(version, decoder_causal=True)
+    video, time = clip(model, num_latent_frames=4, cells=1), model.compression.time
+    sigma = torch.tensor([0.05, 0.2]) if model.config.timestep_conditioning else None
+    whole = model.encode(video).mean
+    reference = model.decode(whole, sigma, torch.Generator().manual_seed(3))
+
+    frames = [(count - (index == 0)) * time + (index == 0) for index, count in enumerate(latent_chunks)]
+    cache, chunks = None, []
+    for chunk in video.split(frames, dim=2):
+        encoded = model.encode_stream(chunk, cache)
+        cache = encoded.cache
+        chunks.append(encoded.posterior.mean)
+    torch.testing.assert_close(torch.cat(chunks, dim=2), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
+
+    cache, chunks, generator = None, [], torch.Generator().manual_seed(3)
+    for chunk in whole.split(latent_chunks, dim=2):
+        decoded = model.decode_stream(chunk, cache, sigma, generator)
+        cache = decoded.cache
+        chunks.append(decoded.video)
+    torch.testing.assert_close(torch.cat(chunks, dim=2), reference, rtol=0, atol=2e-6 * float(reference.abs().max()))
+
+
+@torch.no_grad()
+def test_a_stream_is_bitwise_where_shapes_agree():
+    """The first chunk runs the same convolutions on the same shapes as that prefix alone."""
+    model = small("tiny", decoder_causal=True)
+    video = clip(model, num_latent_frames=3)
+    prefix = video[:, :, : 1 + model.compression.time]
+    assert torch.equal(model.encode_stream(prefix).posterior.mean, model.encode(prefix).mean)
+    latents = model.encode(prefix).mean
+    assert torch.equal(model.decode_stream(latents).video, model.decode(latents))
+
+
+@torch.no_grad()
+def test_what_cannot_stream_says_so():
+    released = small("tiny")
+    with pytest.raises(ConfigError, match="the decoder of this vae/ltx looks at later frames"):
+        released.decode_stream(torch.zeros(1, 16, 1, 2, 2))
+    with pytest.raises(ConfigError, match="the encoder of this vae/ltx looks at later frames"):
+        small("tiny", encoder_causal=False).encode_stream(torch.zeros(1, 3, 5, 16, 16))
+    first = released.encode_stream(torch.zeros(1, 3, 5, 16, 16))
+    with pytest.raises(DataError, match=r"a chunk of 5 frames follows the first; .* 4 \* n in every later one"):
+        released.encode_stream(torch.zeros(1, 3, 5, 16, 16), first.cache)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8), r"video is torch.uint8; expected floats in \[-1, 1\]"),
+        (torch.full((1, 3, 5, 16, 16), 255.0), r"pixels lie in \[255, 255\]; expected \[-1, 1\]"),
+        (
+            torch.zeros(2, 3, 5, 16, 16).index_fill(2, torch.tensor([3]), math.nan),
+            "frame 3 of sample 0 has pixels that are NaN",
+        ),
+    ],
+)
+def test_pixels_that_are_none(video, message):
+    with pytest.raises(DataError, match=message):
+        models.build("vae/ltx", "tiny").encode(video)
+
+
+def test_latents_and_statistics_of_another_vae():
+    model = models.build("vae/ltx", "tiny")
+    with pytest.raises(DataError, match=r"latents have shape \(1, 128, 2, 4, 4\); this VAE decodes \(B, 16, T', H', W'\)"):
+        model.decode(torch.zeros(1, 128, 2, 4, 4))
+    with pytest.raises(DataError, match="but this VAE has 16 latent channels: they are another VAE's"):
+        model.set_latent_statistics(torch.zeros(128), torch.ones(128))
+    with pytest.raises(DataError, match="positive standard deviations"):
+        model.set_latent_statistics(torch.zeros(16), torch.zeros(16))

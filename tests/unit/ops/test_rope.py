@@ -1,10 +1,11 @@
-"""Rotary positions over fractional coordinates (spec C.3, F-DiT-5)."""
+"""Rotary positions over fractional coordinates (spec C.3, F-DiT-5) and over counted ones (spec step-video A3, F-A 7)."""
 
 import math
 
 import pytest
 import torch
 
+from videofm.errors import ConfigError
 from videofm.ops import rope
 from videofm.types import Compression
 
@@ -77,3 +78,37 @@ def test_table_is_float32_and_the_same_under_autocast():
     assert inside.cos.dtype == inside.sin.dtype == torch.float32
     assert torch.equal(inside.cos, base.cos)
     assert torch.equal(inside.sin, base.sin)
+
+
+def test_scores_of_counted_positions_do_not_change_with_a_common_offset():
+    """q . k of every pair of tokens, when all of them move by (3, 7, 11) cells; moving the queries alone is the control."""
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, 24, 2, 32, generator=generator) for _ in range(2))
+    here = rope.cell_coordinates((3, 2, 4), 1)
+    offset = here + torch.tensor([3.0, 7.0, 11.0])[:, None]
+
+    def scores(at_q, at_k):
+        rotated = [rope.rotate_halves(x, rope.cell_rotary_table(at, 32)) for x, at in ((q, at_q), (k, at_k))]
+        return torch.einsum("blnk,bsnk->bnls", *rotated)
+
+    torch.testing.assert_close(scores(offset, offset), scores(here, here), rtol=0, atol=2e-5)
+    for axis in range(3):
+        moved = here.clone()
+        moved[:, axis] += 1
+        assert (scores(moved, here) - scores(here, here)).abs().max() > 0.1
+
+
+def test_counted_positions_turn_a_pair_of_channels_by_hand():
+    """Of a head of 16, channels 2 and 6 are the third pair of 4 for time: at frame 5 by 5 * 10000 ** (-4 / 8) = 0.05."""
+    x = torch.zeros(1, 1, 1, 16)
+    x[..., 2] = 1.0
+    turned = rope.rotate_halves(x, rope.cell_rotary_table(torch.tensor([[[5.0], [9.0], [9.0]]]), 16))
+    expected = torch.zeros(16)
+    expected[2], expected[6] = math.cos(0.05), math.sin(0.05)
+    torch.testing.assert_close(turned.flatten(), expected)
+
+
+def test_a_head_has_half_its_channels_for_time():
+    assert [rope.head_split(width) for width in (128, 32, 8)] == [(64, 32, 32), (16, 8, 8), (4, 2, 2)]
+    with pytest.raises(ConfigError, match=r"head_width 12: .* take a multiple of 8"):
+        rope.head_split(12)

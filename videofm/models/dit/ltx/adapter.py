@@ -1,39 +1,24 @@
-"""Between our LTX transformer and `LTXVideoTransformer3DModel` of diffusers (spec C.1, C.6)."""
+"""Between our LTX transformer, `LTXVideoTransformer3DModel` of diffusers, and the original single file (spec C.1, C.6)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from videofm.errors import ConfigError
-from videofm.models.dit.ltx.config import LTXDiTConfig
-from videofm.models.spec import KeyMap
+from videofm.models.dit.ltx import original
+from videofm.models.dit.ltx.config import SIZES, LTXDiTConfig
+from videofm.models.dit.ltx.model import LTXVideoDiT
+from videofm.models.spec import KeyMap, TensorShapes, most_alike, tensor_shapes
 
 PUBLIC_CLASS = "LTXVideoTransformer3DModel"
 
 
-def _attention(ours: str, public: str) -> list[tuple[str, str]]:
-    ours, public = f"blocks.{{i}}.{ours}", f"transformer_blocks.{{i}}.{public}"
-    return [
-        *((f"{ours}.{x}.{{p}}", f"{public}.to_{x}.{{p}}") for x in "qkv"),
-        *((f"{ours}.{x}_norm.weight", f"{public}.norm_{x}.weight") for x in "qk"),
-        (f"{ours}.out.{{p}}", f"{public}.to_out.0.{{p}}"),
-    ]
-
-
-_PAIRS = [
-    ("proj_in.{p}", "proj_in.{p}"),
-    ("time_embed.linear{k}.{p}", "time_embed.emb.timestep_embedder.linear_{k}.{p}"),
-    ("time_modulation.{p}", "time_embed.linear.{p}"),
-    ("caption_projection.linear{k}.{p}", "caption_projection.linear_{k}.{p}"),
-    ("blocks.{i}.scale_shift_table", "transformer_blocks.{i}.scale_shift_table"),
-    *_attention("self_attention", "attn1"),
-    *_attention("cross_attention", "attn2"),
-    ("blocks.{i}.feed_forward.linear1.{p}", "transformer_blocks.{i}.ff.net.0.proj.{p}"),
-    ("blocks.{i}.feed_forward.linear2.{p}", "transformer_blocks.{i}.ff.net.2.{p}"),
-    ("scale_shift_table", "scale_shift_table"),
-    ("proj_out.{p}", "proj_out.{p}"),
-]
+_PAIRS = original.pairs("proj_in", "time_embed", "norm_{x}")
 
 _PROVENANCE = ("_diffusers_version", "_name_or_path")
 """Public keys that say where a file comes from and nothing about the model."""
@@ -51,9 +36,50 @@ _FIXED = {
 
 
 class LTXDiTAdapter(KeyMap):
-    """Tensor names and config of the transformer, both ways."""
+    """Tensor names and config of the transformer, both ways: those of diffusers, and those of the original single file."""
 
     public_class = PUBLIC_CLASS
+    original_component = "transformer"
+
+    def from_public(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of diffusers, or of an original single file (known by its keys), under our names.
+
+        Raises:
+            CheckpointError: a key that neither layout has.
+        """
+        if original.original_keys(state_dict):
+            return self.from_original(state_dict)
+        return super().from_public(state_dict)
+
+    def original_keys(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that are this model's in an original single file; none if it is no such file."""
+        return original.original_keys(keys)
+
+    def to_original(
+        self, state_dict: Mapping[str, Tensor], config: LTXDiTConfig, prefix: str = original.PREFIX
+    ) -> dict[str, Tensor]:
+        """Our state dict in the layout of the original single file; see `original.to_original`. Any `config` has one."""
+        return original.to_original(state_dict, prefix)
+
+    def from_original(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The transformer of an original single file in our layout; see `original.from_original`."""
+        return original.from_original(state_dict)
+
+    def original_config(self, config: LTXDiTConfig) -> dict[str, Any]:
+        """The `transformer` part of the config in the metadata of an original file; see `original.original_config`."""
+        return original.original_config(config)
+
+    def config_from_original(self, config: Mapping[str, Any]) -> LTXDiTConfig:
+        """Our config for that of an original single file; the inverse of `original_config`."""
+        return original.config_from_original(config)
+
+    def looks_like(self, state_dict: Mapping[str, Tensor]) -> str | None:
+        """The size whose tensors have these names and shapes, a tenth of them apart; None if there is none.
+
+        Args:
+            state_dict: in our layout.
+        """
+        return most_alike(state_dict, _shapes_of_sizes())
 
     def public_config(self, config: LTXDiTConfig) -> dict[str, Any]:
         """The `config.json` of diffusers.
@@ -96,6 +122,12 @@ class LTXDiTAdapter(KeyMap):
         if wrong:
             raise ConfigError(f"not a config of {PUBLIC_CLASS} that dit/ltx can hold: {', '.join(wrong)}.")
         return ours
+
+
+@cache
+def _shapes_of_sizes() -> dict[str, TensorShapes]:
+    with torch.device("meta"):
+        return {size: tensor_shapes(LTXVideoDiT(config).state_dict()) for size, config in SIZES.items()}
 
 
 ADAPTER = LTXDiTAdapter(_PAIRS)

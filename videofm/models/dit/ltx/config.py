@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from videofm.errors import ConfigError
+from videofm.models.flops import cross_attention_transformer_flops
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class LTXDiTConfig:
     def width(self) -> int:
         """D."""
         return self.num_heads * self.head_width
+
+    def flops(self, num_tokens: int, num_text_tokens: int) -> int:
+        """FLOPs of one sample, forward and backward; see `models.flops` for what is counted."""
+        return cross_attention_transformer_flops(self.num_layers, self.width, num_tokens, num_text_tokens)
 
 
 SIZES = {

@@ -20,8 +20,8 @@ from videofm.errors import DataError
 from videofm.models.dit.ltx.config import LTXDiTConfig
 from videofm.ops.embedding import ScalarEmbedding
 from videofm.ops.norm import RMSNorm, rms_norm
-from videofm.ops.rope import RotaryTable, rotary_table, rotate
-from videofm.types import Conditioning
+from videofm.ops.rope import RotaryTable, rotary_table, rotate, video_coordinates
+from videofm.types import Compression, Conditioning
 
 if TYPE_CHECKING:
     from videofm.types import AttentionFn
@@ -143,21 +143,23 @@ class LTXVideoDiT(nn.Module):
         Args:
             latent_tokens: `(B, L, C)` noisy latents, normalised.
             sigma: noise level in [0, 1], `(B,)` or one a token `(B, L)`.
-            conditioning: text embeddings `(B, S, caption_channels)` and their mask `(B, S)`.
+            conditioning: text embeddings `(B, S, caption_channels)` and their mask `(B, S)`. A text without any real token
+                counts as one whose tokens are all real, which is what the mask of diffusers comes to as well.
             coordinates: `(B, 3, L)` seconds, pixels down, pixels right (`ops.rope.video_coordinates`).
 
         Returns:
             `(B, L, C)`.
 
         Raises:
-            DataError: shapes that do not belong together, or a text with no real token.
+            DataError: shapes that do not belong together.
         """
         self._check(latent_tokens, sigma, conditioning, coordinates)
         table = rotary_table(coordinates, self.config.width, self.config.theta)
         time = self.time_embed(sigma.reshape(sigma.shape[0], -1) * SIGMA_SCALE)  # (B, 1 or L, D)
         block_time = self.time_modulation(silu(time))
         text = self.caption_projection(conditioning.embeddings)
-        text_mask = rearrange(conditioning.mask.bool(), "b s -> b 1 1 s")
+        text_mask = conditioning.mask.bool()
+        text_mask = rearrange(text_mask | ~text_mask.any(dim=1, keepdim=True), "b s -> b 1 1 s")
 
         x = self.proj_in(latent_tokens)
         for block in self.blocks:
@@ -165,6 +167,15 @@ class LTXVideoDiT(nn.Module):
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
         x = layer_norm(x, x.shape[-1:], eps=OUT_NORM_EPS) * (1 + scale) + shift
         return self.proj_out(x)
+
+    def coordinates(
+        self, shape: tuple[int, int, int], fps: Tensor, compression: Compression, causal_fix: bool = False
+    ) -> Tensor:
+        """Where the latent cells of `shape` (T, H, W) lie, `(B, 3, L)`: seconds, pixels down, pixels right.
+
+        `fps` is `(B,)`; for `causal_fix` see `ops.rope.video_coordinates`.
+        """
+        return video_coordinates(shape, fps, compression, causal_fix)
 
     def _check(self, tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> None:
         batch, length, channels = tokens.shape

@@ -2,10 +2,10 @@
 
 from videofm.models.vae.ltx.adapter import ADAPTER
 from videofm.models.vae.ltx.config import SIZES, LTXVAEConfig
-from videofm.models.vae.ltx.model import LatentStatistics, LTXVideoVAE
+from videofm.models.vae.ltx.model import LTXVideoVAE
 from videofm.models.vae.ltx.parallelize import parallelize
 from videofm.types import ModelSpec
 
 SPEC = ModelSpec("vae/ltx", LTXVAEConfig, SIZES, LTXVideoVAE, parallelize, ADAPTER)
 
-__all__ = ["ADAPTER", "SIZES", "SPEC", "LTXVAEConfig", "LTXVideoVAE", "LatentStatistics", "parallelize"]
+__all__ = ["ADAPTER", "SIZES", "SPEC", "LTXVAEConfig", "LTXVideoVAE", "parallelize"]

@@ -1,13 +1,19 @@
-"""Between our LTX VAE and `AutoencoderKLLTXVideo` of diffusers (spec B.3, B.7)."""
+"""Between our LTX VAE, `AutoencoderKLLTXVideo` of diffusers, and the original single file (spec B.3, B.7)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from videofm.errors import ConfigError
-from videofm.models.spec import KeyMap
-from videofm.models.vae.ltx.config import DOWNSAMPLE_STRIDES, LTXVAEConfig
+from videofm.models.spec import ONE_NUMBER, KeyMap, Pair, TensorShapes, most_alike, tensor_shapes
+from videofm.models.vae.ltx import original
+from videofm.models.vae.ltx.config import DOWNSAMPLE_STRIDES, SIZES, LTXVAEConfig
+from videofm.models.vae.ltx.model import LTXVideoVAE
 
 PUBLIC_CLASS = "AutoencoderKLLTXVideo"
 _PROVENANCE = ("_diffusers_version", "_name_or_path")
@@ -28,7 +34,7 @@ def _embedder(ours: str, public: str) -> tuple[str, str]:
     return f"{ours}.linear{{k}}.{{p}}", f"{public}.time_embedder.timestep_embedder.linear_{{k}}.{{p}}"
 
 
-_PAIRS = [
+_PAIRS: list[Pair] = [
     ("latents_mean", "latents_mean"),
     ("latents_std", "latents_std"),
     ("encoder.conv_in.{p}", "encoder.conv_in.conv.{p}"),
@@ -45,7 +51,7 @@ _PAIRS = [
     *_res_block("decoder.stages.{i}.widen", "decoder.up_blocks.{i}.conv_in"),
     ("decoder.stages.{i}.upsample.conv.{p}", "decoder.up_blocks.{i}.upsamplers.0.conv.conv.{p}"),
     *_res_block("decoder.stages.{i}.blocks.{j}", "decoder.up_blocks.{i}.resnets.{j}"),
-    ("decoder.time_scale", "decoder.timestep_scale_multiplier"),
+    ("decoder.time_scale", "decoder.timestep_scale_multiplier", ONE_NUMBER),
     _embedder("decoder.out_time_embed", "decoder"),
     ("decoder.scale_shift_table", "decoder.scale_shift_table"),
     ("decoder.conv_out.{p}", "decoder.conv_out.conv.{p}"),
@@ -53,9 +59,48 @@ _PAIRS = [
 
 
 class LTXVAEAdapter(KeyMap):
-    """Tensor names and config of the VAE, both ways."""
+    """Tensor names and config of the VAE, both ways: those of diffusers, and those of the original single file."""
 
     public_class = PUBLIC_CLASS
+    original_component = "vae"
+
+    def from_public(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of diffusers, or of an original single file (known by its keys), under our names.
+
+        Raises:
+            CheckpointError: a key that neither layout has.
+        """
+        if original.original_keys(state_dict):
+            return self.from_original(state_dict)
+        return super().from_public(state_dict)
+
+    def original_keys(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that are this model's in an original single file; none if it is no such file."""
+        return original.original_keys(keys)
+
+    def to_original(self, state_dict: Mapping[str, Tensor], config: LTXVAEConfig, prefix: str = "") -> dict[str, Tensor]:
+        """Our state dict in the layout of the original single file; see `original.to_original`."""
+        return original.to_original(state_dict, config, prefix)
+
+    def from_original(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The VAE of an original single file in our layout; see `original.from_original`."""
+        return original.from_original(state_dict)
+
+    def original_config(self, config: LTXVAEConfig) -> dict[str, Any]:
+        """The `vae` part of the config in the metadata of an original single file; see `original.original_config`."""
+        return original.original_config(config)
+
+    def config_from_original(self, config: Mapping[str, Any]) -> LTXVAEConfig:
+        """Our config for that of an original single file; the inverse of `original_config`."""
+        return original.config_from_original(config)
+
+    def looks_like(self, state_dict: Mapping[str, Tensor]) -> str | None:
+        """The size whose tensors have these names and shapes, a tenth of them apart; None if there is none.
+
+        Args:
+            state_dict: in our layout.
+        """
+        return most_alike(state_dict, _shapes_of_sizes())
 
     def public_config(self, config: LTXVAEConfig) -> dict[str, Any]:
         """The `config.json` of diffusers; its decoder lists run from fine to coarse."""
@@ -141,6 +186,12 @@ def _downsample_kinds(public: Mapping[str, Any]) -> list[str]:
             f"down_block_types {sorted(blocks)} with downsample_type {kinds} is no released family of the LTX VAE."
         )
     return kinds
+
+
+@cache
+def _shapes_of_sizes() -> dict[str, TensorShapes]:
+    with torch.device("meta"):
+        return {size: tensor_shapes(LTXVideoVAE(config).state_dict()) for size, config in SIZES.items()}
 
 
 ADAPTER = LTXVAEAdapter(_PAIRS)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
-from einops import reduce, repeat
+from einops import reduce
 from torch import Tensor, nn
 
 from videofm.errors import ConfigError
 from videofm.models.vae.ltx.config import UPSAMPLE_STRIDE
-from videofm.ops.causal_conv import CausalConv3d
-from videofm.ops.norm import ChannelLayerNorm, pixel_norm
+from videofm.ops.causal_conv import CausalConv3d, ChunkCache
+from videofm.ops.norm import ChannelLayerNorm, pixel_norm_silu
 from videofm.ops.patchify import depth_to_space, space_to_depth
+
+
+class NoiseMaps:
+    """The Gaussian maps `(H, W)` that a decoder adds: one for each place of use, shared by samples, channels and frames.
+
+    Drawn from `generator` in the order of use. The chunks of a clip share one map at each place, so a decoder that streams
+    keeps this object in the cache.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.maps: dict[nn.Parameter, Tensor] = {}
+
+    def of(self, place: nn.Parameter, x: Tensor) -> Tensor:
+        """The map of a place, of the height, width, device and dtype of `x`."""
+        if place not in self.maps:
+            drawn = torch.randn(x.shape[-2:], generator=self.generator, device=self.generator.device, dtype=torch.float32)
+            self.maps[place] = drawn.to(x)
+        return self.maps[place]
+
+
+@dataclass(frozen=True)
+class DecoderContext:
+    """What a decoder's blocks are told besides `x`: the embedding of the noise level `(B, ...)`, and the injected noise."""
+
+    embedding: Tensor | None
+    noise_maps: NoiseMaps | None
 
 
 class ResBlock(nn.Module):
@@ -46,19 +74,21 @@ class ResBlock(nn.Module):
         self.noise_scale1 = nn.Parameter(torch.zeros(out_channels, 1, 1)) if inject_noise else None
         self.noise_scale2 = nn.Parameter(torch.zeros(out_channels, 1, 1)) if inject_noise else None
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """`x`, `embedding` `(B, 4 * C)` of the noise level and the source of injected noise -> the same shape as `x`."""
+    def forward(self, x: Tensor, context: DecoderContext | None = None, cache: ChunkCache | None = None) -> Tensor:
+        """`x` -> the same frames; `context.embedding` is `(B, 4 * C)` here."""
+        embedding, noise_maps = (None, None) if context is None else (context.embedding, context.noise_maps)
         shift1 = scale1 = shift2 = scale2 = None
         if self.scale_shift_table is not None:
             assert embedding is not None, "a modulated block needs the embedding of the noise level"
             shift1, scale1, shift2, scale2 = modulation(self.scale_shift_table, embedding)
-        h = self.conv1(nn.functional.silu(modulate(pixel_norm(x), shift1, scale1)))
-        h = _add_noise_map(h, self.noise_scale1, generator)
-        h = self.conv2(nn.functional.silu(modulate(pixel_norm(h), shift2, scale2)))
-        h = _add_noise_map(h, self.noise_scale2, generator)
+        h = self.conv1(pixel_norm_silu(x, shift1, scale1), cache)
+        h = _add_noise_map(h, self.noise_scale1, noise_maps)
+        h = pixel_norm_silu(h, shift2, scale2)  # a line of its own frees what it was made of before the convolution
+        h = self.conv2(h, cache)
+        h = _add_noise_map(h, self.noise_scale2, noise_maps)
         if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut(self.shortcut_norm(x))
-        return x + h
+            x = self.shortcut(self.shortcut_norm(x), cache)
+        return _added(h, x)
 
 
 def modulation(table: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
@@ -67,20 +97,19 @@ def modulation(table: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
     return rows[..., None, None, None].unbind(dim=1)
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """`x * (1 + scale) + shift`, or `x` itself when there is nothing to apply."""
-    return x if shift is None or scale is None else x * (1 + scale) + shift
+def _added(x: Tensor, other: Tensor) -> Tensor:
+    """`x + other` in the place of `x`, a convolution's output, which no gradient needs; a new tensor where types differ."""
+    return x.add_(other) if x.dtype == other.dtype else x + other
 
 
-def _add_noise_map(x: Tensor, scale: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def _add_noise_map(x: Tensor, scale: nn.Parameter | None, noise_maps: NoiseMaps | None) -> Tensor:
     if scale is None:
         return x
-    if generator is None:
+    if noise_maps is None:
         raise ConfigError(
             "this decoder injects noise: pass decode(..., generator=torch.Generator) so that the result is reproducible."
         )
-    noise = torch.randn(x.shape[-2:], generator=generator, device=x.device, dtype=x.dtype)  # (H, W)
-    return x + (noise * scale)[None, :, None]  # (C, H, W) -> (1, C, 1, H, W)
+    return _added(x, (noise_maps.of(scale, x) * scale)[None, :, None])  # (C, H, W) -> (1, C, 1, H, W)
 
 
 class Downsample(nn.Module):
@@ -96,11 +125,12 @@ class Downsample(nn.Module):
         self.out_channels = out_channels
         self.conv = CausalConv3d(in_channels, out_channels // prod(stride), causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, 1 + st * n, H, W)` -> `(B, out_channels, 1 + n, H / sh, W / sw)`."""
-        x = torch.cat([x[:, :, : self.stride[0] - 1], x], dim=2)
+    def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
+        """`(B, C, 1 + st * n, H, W)` -> `(B, out_channels, 1 + n, H / sh, W / sw)`; later chunks have `st * n` frames."""
+        if self.stride[0] > 1 and (cache is None or cache.is_first):
+            x = torch.cat([x[:, :, : self.stride[0] - 1], x], dim=2)
         skip = reduce(space_to_depth(x, self.stride), "b (c group) t h w -> b c t h w", "mean", c=self.out_channels)
-        return space_to_depth(self.conv(x), self.stride) + skip
+        return space_to_depth(self.conv(x, cache), self.stride) + skip
 
 
 class Upsample(nn.Module):
@@ -115,10 +145,10 @@ class Upsample(nn.Module):
         self.residual = residual
         self.conv = CausalConv3d(in_channels, in_channels * self.repeats, causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, 1 + n, H, W)` -> `(B, C / factor, 1 + 2n, 2H, 2W)`."""
-        h = depth_to_space(self.conv(x), UPSAMPLE_STRIDE)[:, :, 1:]
-        if not self.residual:
-            return h
-        skip = depth_to_space(x, UPSAMPLE_STRIDE)[:, :, 1:]
-        return h + repeat(skip, "b c t h w -> b (r c) t h w", r=self.repeats)
+    def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
+        """`(B, C, 1 + n, H, W)` -> `(B, C / factor, 1 + 2n, 2H, 2W)`; a later chunk of n frames gives 2n."""
+        dropped = 1 if cache is None or cache.is_first else 0
+        h = self.conv(x, cache)
+        if self.residual:  # before the move, which leaves `(r c)` apart: (B, r C, T, H, W) -> (B, r, C, T, H, W) and back
+            h = _added(h.unflatten(1, (self.repeats, -1)), x.unsqueeze(1)).flatten(1, 2)
+        return depth_to_space(h, UPSAMPLE_STRIDE)[:, :, dropped:]

@@ -6,32 +6,19 @@ position only, hence a causal encoder is exactly causal. The encoder predicts on
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from videofm.errors import ConfigError, DataError
-from videofm.models.vae.ltx.blocks import Downsample, ResBlock, Upsample, modulate, modulation
+from videofm.models.vae.base import LOGVAR_RANGE, VideoVAE
+from videofm.models.vae.ltx.blocks import DecoderContext, Downsample, NoiseMaps, ResBlock, Upsample, modulation
 from videofm.models.vae.ltx.config import DOWNSAMPLE_STRIDES, LTXVAEConfig
-from videofm.ops.causal_conv import CausalConv3d
+from videofm.ops.causal_conv import CausalConv3d, ChunkCache
 from videofm.ops.embedding import ScalarEmbedding
-from videofm.ops.norm import pixel_norm
+from videofm.ops.norm import pixel_norm_silu
 from videofm.ops.patchify import patchify, unpatchify
-from videofm.types import Compression, Posterior
+from videofm.types import Posterior
 
-LOGVAR_RANGE = (-30.0, 20.0)
 INITIAL_LOGVAR = -6.0
-
-
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Mean and standard deviation of each latent channel over the training data, both `(C,)`."""
-
-    mean: Tensor
-    std: Tensor
 
 
 class EncoderStage(nn.Module):
@@ -51,13 +38,13 @@ class EncoderStage(nn.Module):
         if not config.residual_downsample and width != leaving:
             self.widen = ResBlock(width, leaving, causal, norm_eps=config.norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """`(B, C, T, H, W)` -> a smaller, wider one."""
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cache=cache)
         if self.downsample is not None:
-            x = self.downsample(x)
-        return x if self.widen is None else self.widen(x)
+            x = self.downsample(x, cache)
+        return x if self.widen is None else self.widen(x, cache=cache)
 
 
 class Encoder(nn.Module):
@@ -72,14 +59,14 @@ class Encoder(nn.Module):
         self.middle = nn.ModuleList(ResBlock(width, width, causal) for _ in range(config.encoder_depths[-1]))
         self.conv_out = CausalConv3d(width, config.latent_channels + 1, causal=causal)
 
-    def forward(self, video: Tensor) -> Posterior:
+    def forward(self, video: Tensor, cache: ChunkCache | None = None) -> Posterior:
         """`(B, 3, T, H, W)` -> posterior over `(B, C, T', H', W')`."""
-        x = self.conv_in(patchify(video, self.patch_size))
+        x = self.conv_in(patchify(video, self.patch_size), cache)
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, cache)
         for block in self.middle:
-            x = block(x)
-        x = self.conv_out(silu(pixel_norm(x)))
+            x = block(x, cache=cache)
+        x = self.conv_out(pixel_norm_silu(x), cache)
         mean, logvar = x[:, :-1], x[:, -1:]  # one log-variance for all channels, lest some collapse to pay for the KL
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE).expand_as(mean))
 
@@ -100,15 +87,15 @@ class DecoderStage(nn.Module):
         depth = config.decoder_depths[index + 1]
         self.blocks = nn.ModuleList(ResBlock(self.width, self.width, causal, modulated, noise) for _ in range(depth))
 
-    def forward(self, x: Tensor, time: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None, noise_maps: NoiseMaps | None, cache: ChunkCache | None = None) -> Tensor:
         """`(B, C, T, H, W)` -> a larger, narrower one; `time` `(B,)` is the noise level on a scale of 0 to 1000."""
         if self.widen is not None:
-            x = self.widen(x)
+            x = self.widen(x, cache=cache)
         if self.upsample is not None:
-            x = self.upsample(x)
-        embedding = None if self.time_embed is None else self.time_embed(time)
+            x = self.upsample(x, cache)
+        context = DecoderContext(None if self.time_embed is None else self.time_embed(time), noise_maps)
         for block in self.blocks:
-            x = block(x, embedding, generator)
+            x = block(x, context, cache)
         return x
 
 
@@ -128,41 +115,42 @@ class Decoder(nn.Module):
             stages.append(DecoderStage(config, index, width))
             width = stages[-1].width
         self.stages = nn.ModuleList(stages)
-        self.time_scale = nn.Parameter(torch.tensor(1000.0)) if modulated else None
+        self.time_scale = nn.Parameter(torch.tensor([1000.0])) if modulated else None
         self.out_time_embed = ScalarEmbedding(2 * width) if modulated else None
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5) if modulated else None
         self.conv_out = CausalConv3d(width, config.in_channels * config.patch_size**2, causal=causal)
 
-    def forward(self, latents: Tensor, sigma: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor | None = None,
+        noise_maps: NoiseMaps | None = None,
+        cache: ChunkCache | None = None,
+    ) -> Tensor:
         """`(B, C, T', H', W')`, noise level `(B,)` -> `(B, 3, T, H, W)`."""
         time = None if self.time_scale is None else sigma * self.time_scale
-        x = self.conv_in(latents)
-        embedding = None if self.middle_time_embed is None else self.middle_time_embed(time)
+        x = self.conv_in(latents, cache)
+        context = DecoderContext(None if self.middle_time_embed is None else self.middle_time_embed(time), noise_maps)
         for block in self.middle:
-            x = block(x, embedding, generator)
+            x = block(x, context, cache)
         for stage in self.stages:
-            x = stage(x, time, generator)
-        x = pixel_norm(x)
+            x = stage(x, time, noise_maps, cache)
+        shift = scale = None
         if self.out_time_embed is not None and self.scale_shift_table is not None:
             shift, scale = modulation(self.scale_shift_table, self.out_time_embed(time))
-            x = modulate(x, shift, scale)
-        return unpatchify(self.conv_out(silu(x)), self.patch_size)
+        x = pixel_norm_silu(x, shift, scale)  # a line of its own frees what it was made of before the convolution
+        return unpatchify(self.conv_out(x, cache), self.patch_size)
 
 
-class LTXVideoVAE(nn.Module):
+class LTXVideoVAE(VideoVAE):
     """The VAE. A clip of `1 + time * n` frames has `1 + n` latent frames; the first latent frame is the first frame alone."""
 
     spec_name = "vae/ltx"
 
     def __init__(self, config: LTXVAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.latents_mean: Tensor
-        self.latents_std: Tensor
-        self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latents_std", torch.ones(config.latent_channels))
         self.init_weights()
 
     @torch.no_grad()
@@ -180,16 +168,6 @@ class LTXVideoVAE(nn.Module):
         self.encoder.conv_out.bias[-1] = INITIAL_LOGVAR
 
     @property
-    def compression(self) -> Compression:
-        """Pixels for one latent cell."""
-        return self.config.compression
-
-    @property
-    def latent_channels(self) -> int:
-        """C of the latents."""
-        return self.config.latent_channels
-
-    @property
     def encoder_causal(self) -> bool:
         """Whether latents of a prefix are the prefix of the latents."""
         return self.config.encoder_causal
@@ -200,94 +178,29 @@ class LTXVideoVAE(nn.Module):
         return self.config.decoder_causal
 
     @property
-    def strictly_causal(self) -> bool:
-        """Whether neither direction sees a later frame. See `encoder_causal` (which caching latents needs) and
-        `decoder_causal`.
-        """
-        return self.encoder_causal and self.decoder_causal
-
-    def encode(self, video: Tensor) -> Posterior:
-        """The posterior of `video` `(B, 3, T, H, W)` in [-1, 1], in raw latent space `(B, C, T', H', W')`.
-
-        Raises:
-            DataError: frames, height or width do not fit the compression.
-        """
-        self._check_video(video)
-        return self.encoder(video)
-
-    def decode(self, latents: Tensor, sigma: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Video `(B, 3, T, H, W)`, roughly in [-1, 1], of raw latents `(B, C, T', H', W')`.
-
-        Args:
-            latents: raw (see `denormalize`).
-            sigma: `(B,)` noise level of `latents` in [0, 1], needed when and only when `config.timestep_conditioning`.
-            generator: the source of injected noise, needed when `config.inject_noise` has a True.
-
-        Raises:
-            ConfigError: sigma or generator missing, or a sigma that nothing reads.
-        """
-        if self.config.timestep_conditioning and sigma is None:
-            raise ConfigError(
-                "this decoder is conditioned on the noise level: pass decode(latents, sigma), (B,), 0 for clean latents."
-            )
-        if not self.config.timestep_conditioning and sigma is not None:
-            raise ConfigError(
-                "this decoder is not conditioned on the noise level (timestep_conditioning is false): pass no sigma."
-            )
-        return self.decoder(latents, sigma, generator)
-
-    def forward(self, video: Tensor, noise: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
-        """Reconstruction of `video`: through a sample of the posterior with unit `noise` of the latents' shape, else through
-        its mode.
-        """
-        posterior = self.encode(video)
-        return self.decode(posterior.mode() if noise is None else posterior.sample(noise), sigma)
+    def timestep_conditioning(self) -> bool:
+        """Whether `decode` takes the noise level of the latents (0.9.1 and later)."""
+        return self.config.timestep_conditioning
 
     @property
-    def latent_statistics(self) -> LatentStatistics:
-        """Mean and standard deviation of each channel of raw latents; zeros and ones until they are measured."""
-        return LatentStatistics(self.latents_mean, self.latents_std)
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's output convolution."""
+        return self.decoder.conv_out.weight
 
-    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Store measured statistics, both `(C,)`."""
-        assert mean.shape == std.shape == (self.latent_channels,)
-        self.latents_mean.copy_(mean)
-        self.latents_std.copy_(std)
+    def _encode(self, video: Tensor, cache: ChunkCache | None = None) -> Posterior:
+        return self.encoder(video, cache)
 
-    def normalize(self, latents: Tensor) -> Tensor:
-        """Raw latents to the space that a diffusion model lives in: `(z - mean) / std * scaling_factor`."""
-        return (
-            (latents - _per_channel(self.latents_mean, latents))
-            / _per_channel(self.latents_std, latents)
-            * self.config.scaling_factor
-        )
-
-    def denormalize(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
-        return latents / self.config.scaling_factor * _per_channel(self.latents_std, latents) + _per_channel(
-            self.latents_mean, latents
-        )
-
-    def _check_video(self, video: Tensor) -> None:
-        if video.ndim != 5 or video.shape[1] != self.config.in_channels:
-            raise DataError(f"video has shape {tuple(video.shape)}; expected (B, {self.config.in_channels}, T, H, W).")
-        compression = dataclasses.asdict(self.compression)
-        num_frames, height, width = video.shape[2:]
-        rule = compression["time"]
-        if num_frames % rule != 1 % rule:
-            below = max(1, (num_frames - 1) // rule * rule + 1)
-            raise DataError(
-                f"video has {num_frames} frames; this VAE takes 1 + {rule} * n, the nearest are {below} and {below + rule}."
-            )
-        for name, value in (("height", height), ("width", width)):
-            rule = compression[name]
-            if value % rule or value == 0:
-                below = value // rule * rule
-                near = f"{below} and {below + rule}" if below else f"{rule}"
-                raise DataError(
-                    f"video has a {name} of {value} pixels; this VAE takes multiples of {rule}, the nearest: {near}."
-                )
+    def _decode(
+        self, latents: Tensor, sigma: Tensor | None, generator: torch.Generator | None, cache: ChunkCache | None = None
+    ) -> Tensor:
+        return self.decoder(latents, sigma, _noise_maps(generator, cache), cache)
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(1, -1, 1, 1, 1)  # (C,) -> (1, C, 1, 1, 1)
+def _noise_maps(generator: torch.Generator | None, cache: ChunkCache | None) -> NoiseMaps | None:
+    """The maps of a call; those of the first chunk for all chunks of a clip."""
+    if cache is not None and not cache.is_first:
+        return cache.shared.get("noise_maps")
+    maps = None if generator is None else NoiseMaps(generator)
+    if cache is not None:
+        cache.shared["noise_maps"] = maps
+    return maps

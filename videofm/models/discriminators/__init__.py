@@ -1,0 +1,1 @@
+"""Networks that judge videos: what a GAN trains against a decoder."""
