@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,26 @@ def write_demo_shards(
                     source_id=f"source-{index}",
                     split="held_out" if index >= num_clips - held_out else "train",
                 )
+                path.unlink()
+            writer.commit()
+    return folder
+
+
+def write_mixed_shards(folder: Path, shapes: Sequence[tuple[int, int, int]], num_shards: int = 2) -> Path:
+    """A clip of each of `shapes` (frames, height, width): a square shot, cut to its first rows and columns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    motifs_ = motifs()
+    for shard in range(num_shards):
+        with ShardWriter(folder, f"{shard:05d}", "test") as writer:
+            for index in range(shard, len(shapes), num_shards):
+                num_frames, height, width = shapes[index]
+                motif, rng = motifs_[index % len(motifs_)], np.random.default_rng(index)
+                shot = render_shot(motif.colour, motif.shape, motif.direction, num_frames, max(height, width), rng)
+                path = folder / "clip.mp4"
+                write_video(path, shot[:, :height, :width], 25)
+                facts = {"num_frames": num_frames, "fps": 25.0, "height": height, "width": width}
+                content, source = path.read_bytes(), f"source-{index}"
+                writer.add(f"clip-{index:05d}", content, caption=motif.caption, source_id=source, split="train", **facts)
                 path.unlink()
             writer.commit()
     return folder

@@ -3,9 +3,11 @@
 The toy model is linear regression with an MLP; its loss on one rank is the reference for all others.
 """
 
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from videofm.config.train import TrainConfig
 from videofm.types import Batch, Loss
 
 STEPS, SAMPLES = 6, 8
+NOT_FINITE = "not finite"
 
 
 class ToyObjective:
@@ -27,11 +30,15 @@ class ToyObjective:
     def loss(self, models, batch, rng, phase):
         noise = rng.normal("noise", (batch.video.shape[1],))
         inputs = batch.video.flatten(1) + 0.1 * noise.repeat_interleave(batch.video[0, 0].numel(), dim=1)
-        error = (models["model"](inputs)[:, 0] - batch.video.flatten(1).mean(1)).square()
-        return Loss(error.sum(), {"squared": error.detach().sum()})
+        predicted = models["model"](inputs)[:, 0]
+        error = (predicted - batch.video.flatten(1).mean(1)).square()
+        total = error.sum()
+        if batch.captions[0] == NOT_FINITE:  # adds 0, whose slope is 0 times infinity
+            total = total + (predicted - predicted.detach()).abs().sqrt().sum()
+        return Loss(total, {"squared": error.detach().sum()})
 
 
-def toy_config(zero_stage: int, data_degree: int) -> TrainConfig:
+def toy_config(zero_stage: int, data_degree: int, **optimizer: float) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "kind": "train",
@@ -42,7 +49,7 @@ def toy_config(zero_stage: int, data_degree: int) -> TrainConfig:
                 "manifest": "none", "num_frames": 1, "height": 8, "width": 8,
                 "micro_batch_size": SAMPLES // 4, "num_micro_batches": 4,
             },
-            "optimizer": {"lr": 0.01, "grad_clip": 0.05},
+            "optimizer": {"lr": 0.01, "grad_clip": 0.05, **optimizer},
             "trainer": {"max_steps": STEPS, "precision": "fp32"},
             "parallel": {"zero_stage": zero_stage, "data_degree": data_degree},
         }
@@ -55,6 +62,20 @@ def toy_batches(step: int, rank: int, degree: int) -> list[Batch]:
     return [
         Batch(video[i * size : (i + 1) * size], [""] * size, torch.ones(size), [f"{i}-{j}" for j in range(size)], step, SAMPLES)
         for i in range(rank, 4, degree)
+    ]
+
+
+def spiked(step: int, rank: int, degree: int) -> list[Batch]:
+    """The clips of `step` thirty times as bright: finite, but far off."""
+    return [replace(batch, video=30 * batch.video) for batch in toy_batches(step, rank, degree)]
+
+
+def not_finite(step: int, rank: int, degree: int) -> list[Batch]:
+    """The clips of `step`, of which those of the last micro-batch, which one rank has, give no finite gradient."""
+    last = [f"3-{j}" for j in range(SAMPLES // 4)]
+    return [
+        replace(batch, captions=[NOT_FINITE] * 2) if batch.sample_ids == last else batch
+        for batch in toy_batches(step, rank, degree)
     ]
 
 
@@ -97,7 +118,7 @@ def run_rank(folder: Path) -> None:
         resumed = toy_model()
         resumed.load_state_dict({name: value.cpu() for name, value in weights.items()})
         engine = PhaseEngine({"model": resumed}, ToyObjective(), "generator", config, mesh)
-        engine.load_optimizer_state(state, 3)
+        engine.load_optimizer_state(state)
         average = MovingAverage(resumed.named_parameters(), 0.9)
         average.load(kept, mesh.gradient_group)
         for name, parameter in resumed.named_parameters():
@@ -113,12 +134,73 @@ def run_rank(folder: Path) -> None:
             "average": torch.cat([value.flatten() for value in straight_average.values()]).tolist(),
             "resumed_average": torch.cat([v.flatten() for v in average.whole(mesh.gradient_group).values()]).tolist(),
         }
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
+        results[stage] |= skips(stage, degree, rank, mesh)
+    torch.save(results, folder / f"results_{rank}.pt")
     destroy_mesh()
 
 
-def launch(folder: Path, degree: int) -> dict:
+def skips(stage: int, degree: int, rank: int, mesh) -> dict:
+    """Two runs of the same six steps: one meets bad clips in between and is resumed behind one, the other never sees them."""
+    from videofm.errors import VideofmError
+    from videofm.progress import LOG
+    from videofm.train.engine import PhaseEngine
+    from videofm.train.optim import gather_shard, local_shard
+
+    config = toy_config(stage, degree, spike_factor=8.0, spike_warmup=2, max_skipped=2)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    LOG.addHandler(handler)
+
+    def new(weights=None, state=None):
+        model = toy_model()
+        if weights is not None:
+            model.load_state_dict(weights)
+        engine = PhaseEngine({"model": model}, ToyObjective(), "generator", config, mesh)
+        if state is not None:
+            engine.load_optimizer_state(state)
+        return model, engine
+
+    def whole(model):
+        return {n: gather_shard(p, local_shard(p), mesh.gradient_group).clone() for n, p in model.named_parameters()}
+
+    def run(engine, steps):
+        return [engine.step(make(step, rank, degree), lr=0.01) for make, step in steps]
+
+    good = [(toy_batches, step) for step in range(STEPS)]
+    model, engine = new()
+    clean_rows, clean, clean_state = run(engine, good), whole(model), engine.optimizer_state()
+
+    model, engine = new()
+    rows = run(engine, [(not_finite, 90), *good[:3], (spiked, 91)])
+    kept = whole(model), engine.optimizer_state()
+    model, engine = new(*kept)
+    in_a_row = engine.clip.num_skipped_in_a_row
+    rows += run(engine, [good[3], (not_finite, 92), *good[4:]])
+    state, weights = engine.optimizer_state(), whole(model)
+
+    failure, before = "", whole(model)
+    try:
+        run(engine, [(spiked, 93), (spiked, 94)])
+    except VideofmError as error:
+        failure = str(error)
+    LOG.removeHandler(handler)
+    return {
+        "clean_rows": clean_rows,
+        "rows": rows,
+        "moved_by_skips": [name for name in clean if not torch.equal(clean[name], weights[name])],
+        "moments_off": [
+            name for name in clean_state if "skipped" not in name and not torch.equal(clean_state[name], state[name])
+        ],
+        "num_skipped": int(state["num_skipped"]),
+        "in_a_row_after_resume": in_a_row,
+        "failure": failure,
+        "moved_by_failure": [name for name in before if not torch.equal(before[name], whole(model)[name])],
+        "told": told,
+    }
+
+
+def launch(folder: Path, degree: int) -> list[dict]:
     folder.mkdir()
     shared = {"WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     ranks = [
@@ -133,13 +215,18 @@ def launch(folder: Path, degree: int) -> dict:
     finally:
         for process in ranks:
             process.kill()
-    return torch.load(folder / "results.pt", weights_only=True)
+    return [torch.load(folder / f"results_{rank}.pt", weights_only=True) for rank in range(degree)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     return {degree: launch(folder / str(degree), degree) for degree in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def results(ranks):
+    return {degree: found[0] for degree, found in ranks.items()}
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -162,6 +249,49 @@ def test_layouts_take_the_same_steps(results, stage, degree):
     assert max(reference["norms"]) > 0.05, "clipping must be active"
     # Adam divides by small second moments, which enlarges the rounding of another order of summation.
     assert result["weights"] == pytest.approx(reference["weights"], abs=1e-5)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_skipped_step_moves_nothing(ranks, stage, degree):
+    """A run with two steps of no finite gradient (one of them the first of all) and one spike between its six steps, resumed
+    behind the spike, has the weights and moments of the run without them, to the last bit, and takes the same six steps.
+
+    The clips of the spike are 30 times as bright, its error and inputs with them: a norm some 900 times the others.
+    """
+    for result in (found[stage] for found in ranks[degree]):
+        assert result["moved_by_skips"] == [] and result["moments_off"] == []
+        assert [row["skipped"] for row in result["rows"]] == [1, 0, 0, 0, 1, 0, 1, 0, 0]
+        assert [row["num_skipped"] for row in result["rows"]] == [1, 1, 1, 1, 2, 2, 3, 3, 3] and result["num_skipped"] == 3
+        assert result["in_a_row_after_resume"] == 1
+        taken = [row for row in result["rows"] if not row["skipped"]]
+        assert [row["grad_norm"] for row in taken] == [row["grad_norm"] for row in result["clean_rows"]]
+        assert all(row["skipped"] == 0 for row in result["clean_rows"]) and len(result["clean_rows"]) == STEPS
+        norms = [row["grad_norm"] for row in result["rows"] if row["skipped"]]
+        assert norms[0] == norms[2] == float("inf") and 100 * taken[0]["grad_norm"] < norms[1] < float("inf")
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_skip_together_and_one_tells(ranks, stage, degree):
+    first = ranks[degree][0][stage]
+    for result in (found[stage] for found in ranks[degree]):
+        assert result["rows"] == first["rows"] and result["failure"] == first["failure"]
+    assert len(first["told"]) == 4, "three in the run, and the first of the two behind it"
+    assert (
+        first["told"][0] == "the gradient norm of step 90 in phase generator is not finite; step skipped, nothing moved "
+        "(1 skipped so far)"
+    )
+    assert "spike_factor 8 times its average" in first["told"][1] and "step 91" in first["told"][1]
+    assert [found[stage]["told"] for found in ranks[degree][1:]] == [[]] * (degree - 1)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_too_many_skips_in_a_row_end_the_run(results, stage, degree):
+    result = results[degree][stage]
+    assert "2 steps in a row were skipped, as many as optimizer.max_skipped allows" in result["failure"]
+    assert "smaller optimizer.lr" in result["failure"] and result["moved_by_failure"] == []
 
 
 def test_loss_is_the_mean_over_the_step(results):

@@ -95,7 +95,8 @@ def type_name(annotation: Any) -> str:
         return "|".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         if any(isinstance(option, type) and issubclass(option, BaseModel) for option in arguments):
-            return " | ".join(members(annotation))
+            sections = [kind or "section" for kind in members(annotation)]
+            return " | ".join(sections + ["null"] * (type(None) in arguments))
         return " or ".join(type_name(option) for option in arguments)
     if origin is list:
         return f"list of {type_name(arguments[0])}"

@@ -2,54 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from videofm.config.base import Section
+from videofm.config.base import Section, execution
 from videofm.config.data import CurateConfig, DemoDataConfig
+from videofm.config.sample import SampleConfig
 from videofm.config.train import TrainConfig
 
+_Manifest = Annotated[str, Field(description="Folder of shards.")]
+_Split = Annotated[Literal["train", "held_out"], Field(description="Which clips to read.")]
+_NumClips = Annotated[int, Field(ge=1, description="Clips to measure, at most.")]
+_NumFrames = Annotated[int, Field(ge=1, description="Frames of a clip; the frame rule of the model must allow them.")]
+_Height = Annotated[int, Field(ge=8, description="Height, in pixels.")]
+_Width = Annotated[int, Field(ge=8, description="Width, in pixels.")]
+_VideoVAE = Annotated[str, Field(description="Training run of a VAE, a checkpoint, or an exported folder.")]
 
-class SampleConfig(Section):
-    """Generate videos from prompts, with our sampler or, in a fresh process, with plain diffusers."""
 
-    kind: Literal["sample"]
-    run: str = Field(description="Training run of a DiT, a checkpoint of it, or an exported folder.")
-    sampler: Literal["videofm", "diffusers"] = Field(
-        "videofm",
-        description="`diffusers` loads an exported folder with LTXPipeline in a process that does not import videofm.",
+def _batch_size() -> Any:
+    return execution(8, ge=1, description="Clips computed together; memory grows with it.")
+
+
+class TilesConfig(Section):
+    """Reconstruct in overlapping tiles. Sizes are in pixels and frames, and fit the compression of the VAE."""
+
+    height: int = Field(ge=8, description="Height of a tile, in pixels.")
+    width: int = Field(ge=8, description="Width of a tile, in pixels.")
+    overlap: int = Field(ge=0, description="Pixels that neighbours share along height and width; they are mixed linearly.")
+    num_frames: int | None = Field(None, ge=1, description="Frames of a tile; null takes the whole clip.")
+    overlap_frames: int = Field(1, ge=1, description="Frames that tiles in time share; a causal VAE streams and shares none.")
+    seam_error: bool = Field(
+        True, description="Measure what tiles change, on the first clip; it has to fit the memory as a whole."
     )
-    prompts: list[str] = Field([], description="Captions, one video each.")
-    prompts_file: str | None = Field(None, description="Text file with one caption a line, instead of `prompts`.")
-    num_frames: int = Field(ge=1, description="Frames of a video.")
-    height: int = Field(ge=8, description="Height, in pixels.")
-    width: int = Field(ge=8, description="Width, in pixels.")
-    fps: float = Field(gt=0, description="Frames a second; the model is told.")
-    num_steps: int = Field(30, ge=1, description="Euler steps from noise to data.")
-    guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 is off.")
-    batch_size: int = Field(16, ge=1, description="Videos made together.")
-    ema: bool = Field(True, description="Use the moving average of the weights.")
-    seed: int = Field(0, ge=0, description="Video i starts from noise drawn with (seed, i).")
-
-    @model_validator(mode="after")
-    def _has_prompts(self) -> SampleConfig:
-        if bool(self.prompts) == bool(self.prompts_file):
-            raise ValueError("give either `prompts` (a list) or `prompts_file` (a path), not both and not neither")
-        return self
 
 
 class ReconstructionMetric(Section):
-    """PSNR and SSIM of a VAE on clips, with a sheet of originals beside reconstructions."""
+    """What a VAE keeps of clips: PSNR, SSIM, LPIPS, rFVD, also for each frame, with originals beside reconstructions."""
 
     kind: Literal["reconstruction"]
-    run: str = Field(description="Training run of a VAE, or an exported folder.")
-    manifest: str = Field(description="Folder of shards.")
-    split: Literal["train", "held_out"] = Field("held_out", description="Which clips to read.")
-    num_clips: int = Field(64, ge=1, description="Clips to measure, at most.")
-    num_frames: int = Field(ge=1, description="Frames of a clip.")
-    height: int = Field(ge=8, description="Height, in pixels.")
-    width: int = Field(ge=8, description="Width, in pixels.")
+    run: _VideoVAE
+    manifest: _Manifest
+    split: _Split = "held_out"
+    num_clips: _NumClips = 64
+    num_frames: _NumFrames
+    height: _Height
+    width: _Width
+    batch_size: int = _batch_size()
+    lpips_weights: str | None = Field(
+        None, description="Local safetensors file for LPIPS (see tools/convert_perceptual.py); null leaves LPIPS out."
+    )
+    lpips_size: Literal["vgg16", "tiny"] = Field("vgg16", description="Architecture of that file; `tiny` is for tests.")
+    i3d_weights: str | None = Field(
+        None, description="Local safetensors file of I3D (see tools/convert_perceptual.py); null leaves rFVD out."
+    )
+    i3d_size: Literal["kinetics400", "tiny"] = Field(
+        "kinetics400", description="Architecture of that file; `tiny` is for tests."
+    )
+    tiles: TilesConfig | None = Field(None, description="Reconstruct in tiles; null takes clips as a whole.")
+    streaming: bool = Field(
+        False, description="Reconstruct chunk by chunk with caches, in the smallest chunks; the VAE must be causal."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ReconstructionMetric:
+        if self.streaming and self.tiles is not None:
+            raise ValueError("give either `tiles` or `streaming`: a tile has no cache of the frames before it")
+        return self
+
+
+class LatentDiagnosticsMetric(Section):
+    """What the latents of a VAE are like, with alarms; writes their statistics, which a diffusion model is trained with."""
+
+    kind: Literal["latent_diagnostics"]
+    run: _VideoVAE
+    manifest: _Manifest
+    split: _Split = "train"
+    num_clips: _NumClips = 512
+    num_frames: _NumFrames
+    height: _Height
+    width: _Width
+    batch_size: int = _batch_size()
+
+
+class ImageCompatibilityMetric(Section):
+    """Whether an image VAE decodes the latents of a video VAE: PSNR, and how the latents of both differ."""
+
+    kind: Literal["image_compatibility"]
+    run: _VideoVAE
+    image_vae: str = Field(description="Folder of a diffusers AutoencoderKL, or run of an image VAE (vae/image_kl).")
+    manifest: _Manifest
+    split: _Split = "held_out"
+    num_clips: _NumClips = 64
+    num_frames: _NumFrames
+    height: _Height
+    width: _Width
+    batch_size: int = _batch_size()
 
 
 class HeldOutLossMetric(Section):
@@ -57,12 +105,13 @@ class HeldOutLossMetric(Section):
 
     kind: Literal["held_out_loss"]
     run: str = Field(description="Training run of a DiT.")
-    manifest: str = Field(description="Folder of shards.")
-    split: Literal["train", "held_out"] = Field("held_out", description="Which clips to read.")
-    num_clips: int = Field(64, ge=1, description="Clips to measure, at most.")
-    num_frames: int = Field(ge=1, description="Frames of a clip.")
-    height: int = Field(ge=8, description="Height, in pixels.")
-    width: int = Field(ge=8, description="Width, in pixels.")
+    manifest: _Manifest
+    split: _Split = "held_out"
+    num_clips: _NumClips = 64
+    num_frames: _NumFrames
+    height: _Height
+    width: _Width
+    batch_size: int = _batch_size()
     sigmas: list[float] = Field([0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="Noise levels in (0, 1).")
 
     @field_validator("sigmas")
@@ -81,7 +130,34 @@ class CaptionFollowingMetric(Section):
     samples: str = Field(description="Folder with `samples.jsonl` and the videos it names.")
 
 
-EvaluationMetric = Annotated[ReconstructionMetric | HeldOutLossMetric | CaptionFollowingMetric, Field(discriminator="kind")]
+class ImageToVideoMetric(Section):
+    """Image to video on demo-set clips: each is made again from its first frame and its caption.
+
+    How well the first frame is kept (PSNR), and the shares with the colour and the direction of the caption.
+    """
+
+    kind: Literal["image_to_video"]
+    run: str = Field(description="Training run of a DiT, a checkpoint of it, or an exported folder.")
+    manifest: str = Field(description="Folder of shards.")
+    split: Literal["train", "held_out"] = Field("held_out", description="Which clips to read.")
+    num_clips: int = Field(48, ge=1, description="Clips to measure, at most.")
+    num_frames: int = Field(ge=2, description="Frames of a clip.")
+    height: int = Field(ge=8, description="Height, in pixels.")
+    width: int = Field(ge=8, description="Width, in pixels.")
+    batch_size: int = _batch_size()
+    num_steps: int = Field(30, ge=1, description="Steps from noise to data.")
+    guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 is off.")
+
+
+EvaluationMetric = Annotated[
+    ReconstructionMetric
+    | LatentDiagnosticsMetric
+    | ImageCompatibilityMetric
+    | HeldOutLossMetric
+    | CaptionFollowingMetric
+    | ImageToVideoMetric,
+    Field(discriminator="kind"),
+]
 
 
 class EvaluateConfig(Section):
@@ -93,13 +169,20 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    """Write a folder that `diffusers.LTXPipeline.from_pretrained` loads."""
+    """Write a folder that inference software loads: of a DiT's run what `diffusers.LTXPipeline.from_pretrained` takes, of a
+    VAE's run the VAE alone in its public layout."""
 
     kind: Literal["export"]
-    run: str = Field(description="Training run of a DiT, or a checkpoint of it.")
+    run: str = Field(description="Training run of a DiT or of a VAE, or a checkpoint of it.")
     output: str = Field(description="Folder to write; replaced as a whole once the new one is complete.")
     ema: bool = Field(True, description="Export the moving average of the weights.")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Type of the stored weights.")
+    original: bool = Field(False, description="Of a VAE (vae/ltx): also write the authors' single file, vae.safetensors.")
+    adapter: bool = Field(
+        False,
+        description="Of a DiT whose run trained adapters (models.dit.lora): write these alone, as load_lora_weights of "
+        "diffusers takes them; false adds them to the weights.",
+    )
 
 
 class ReportConfig(Section):

@@ -6,19 +6,47 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from videofm.config.autoencoder import AutoencoderConfig
 from videofm.config.base import Section, execution
 from videofm.config.data import DataConfig
+from videofm.config.flow_matching import FlowMatchingConfig
 from videofm.registry import ATTENTION_BACKENDS, MODELS, nearest
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside linear layers; they train, and the model that they sit in stays as it is."""
+
+    rank: int = Field(ge=1, description="Width of an adapter: W + alpha / rank * B A, with A of `rank` rows.")
+    alpha: float | None = Field(None, gt=0, description="Scale of the adapters over their rank; null takes `rank`.")
+    targets: list[str] = Field(
+        ["*attention.*"], min_length=1, description="Patterns of the names of linear layers that get one (fnmatch)."
+    )
+
+
 class ModelConfig(Section):
-    """A model to build (`name` and `size`) or to load (`path`)."""
+    """A model to build (`name` and `size`, with fresh weights or those of `init_from`) or to load (`path`)."""
 
     name: str | None = Field(None, description="Registered name, as in `videofm.models.names()`; null when `path` is given.")
-    size: str | None = Field(None, description="Named size of the model; null takes `tiny`.")
+    size: str | None = Field(None, description="Named size of the model; null takes `tiny`, or the one of `init_from`.")
     path: str | None = Field(None, description="Run, checkpoint or exported folder whose weights are loaded.")
-    role: str | None = Field(None, description="Which role of `path` to load, where it holds several.")
+    role: str | None = Field(None, description="Which role of `path` or `init_from` to load, where it holds several.")
     overrides: dict[str, Any] = Field({}, description="Fields of the model's own config to change.")
+    inflate_from: str | None = Field(
+        None,
+        description="Smaller model that a new one starts from: for vae/cv_vae and vae/od_vae an image VAE (a folder of "
+        "diffusers' AutoencoderKL, or a run of vae/image_kl), for vae/step_video a run of its stage one.",
+    )
+    init_from: str | None = Field(
+        None,
+        description="Weights that the model `name` starts from: a run (its moving average), a folder of diffusers, or an "
+        "original single file. Every tensor must match, and `size` where it is given.",
+    )
+    init_component: str | None = Field(
+        None,
+        description="Which model of `init_from`, such as `transformer`, where a pipeline folder or a single file holds "
+        "several; null finds the one that `name` is.",
+    )
+    lora: LoraConfig | None = Field(None, description="Train adapters in place of the weights; null trains the weights.")
     attention: str = Field("auto", description="Backend of self-attention: auto, math, sdpa, flash_attn or xformers.")
     cross_attention: str = Field("auto", description="Backend of attention to the text, which is masked; the same names.")
 
@@ -42,62 +70,25 @@ class ModelConfig(Section):
     def _one_source(self) -> ModelConfig:
         if (self.name is None) == (self.path is None):
             raise ValueError("give either `name` (build a new model) or `path` (load weights), not both and not neither")
+        if self.inflate_from is not None and self.path is not None:
+            raise ValueError("`inflate_from` is for a new model (`name`); with `path` its weights are there already")
+        if self.init_from is not None and (self.path is not None or self.inflate_from is not None):
+            raise ValueError("`init_from` fills the model `name` by itself; give no `path` and no `inflate_from` beside it")
+        if self.init_component is not None and self.init_from is None:
+            raise ValueError("`init_component` chooses from what `init_from` holds; give that too")
         return self
 
 
-class AutoencoderConfig(Section):
-    """Train a video VAE (role `vae`) on reconstruction and KL."""
-
-    kind: Literal["autoencoder"]
-    reconstruction: Literal["l1", "mse"] = Field("l1", description="Pixel loss, mean over a clip.")
-    kl_weight: float = Field(1e-6, ge=0, description="Weight of the KL to the unit Gaussian, mean over latent elements.")
-    num_statistics_clips: int = Field(
-        512, ge=2, description="Training clips over which mean and std of each latent channel are measured at the end."
-    )
-
-
-class UniformNoiseLevels(Section):
-    """sigma uniform in [0, 1]."""
-
-    kind: Literal["uniform"]
-
-
-class LogitNormalNoiseLevels(Section):
-    """sigma = sigmoid(n), n ~ Normal(mean, std)."""
-
-    kind: Literal["logit_normal"]
-    mean: float = Field(0.0, description="Mean of n.")
-    std: float = Field(1.0, gt=0, description="Standard deviation of n.")
-
-
-class ShiftedLogitNormalNoiseLevels(Section):
-    """LTX-Video: sigma = sigmoid(n), n ~ Normal(mu(L), std), mu linear in the token count L."""
-
-    kind: Literal["shifted_logit_normal"]
-    std: float = Field(1.0, gt=0, description="Standard deviation of n.")
-    base_tokens: int = Field(1024, ge=1, description="Token count at which mu = base_shift.")
-    max_tokens: int = Field(4096, ge=1, description="Token count at which mu = max_shift.")
-    base_shift: float = Field(0.95, description="mu at base_tokens.")
-    max_shift: float = Field(2.05, description="mu at max_tokens; the line goes on at both ends.")
-
-
-NoiseLevels = Annotated[
-    UniformNoiseLevels | LogitNormalNoiseLevels | ShiftedLogitNormalNoiseLevels, Field(discriminator="kind")
-]
-
-
-class FlowMatchingConfig(Section):
-    """Train a diffusion transformer (role `dit`) by flow matching in the latent space of a frozen `vae`."""
-
-    kind: Literal["flow_matching"]
-    noise_levels: NoiseLevels = Field(
-        ShiftedLogitNormalNoiseLevels(kind="shifted_logit_normal"), description="Law of the noise level sigma of a sample."
-    )
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of samples whose caption becomes empty (for guidance).")
-    train_text_encoder: bool = Field(False, description="Train the role `text_encoder` along; false keeps it frozen.")
-
-
 ObjectiveConfig = Annotated[AutoencoderConfig | FlowMatchingConfig, Field(discriminator="kind")]
+
+
+class ParameterGroupConfig(Section):
+    """Parameters whose rate differs, or which stay frozen for a while; the first group that matches a name has it."""
+
+    match: str = Field(description="Pattern of parameter names with their role, such as `vae.decoder.*` (fnmatch).")
+    start_step: int = Field(0, ge=0, description="Optimizer step from which they are trained; frozen before.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which their rate rises linearly from 0, from `start_step` on.")
+    lr_scale: float = Field(1.0, ge=0, description="Their rate over that of the others; 0 freezes them for good.")
 
 
 class OptimizerConfig(Section):
@@ -111,6 +102,23 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises linearly from 0.")
     final_ratio: float = Field(0.0, ge=0, le=1, description="Rate of the last step over the peak rate.")
     grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    grad_clip_ema: float = Field(
+        0.0, ge=0, description="Also clip at this multiple of the moving average of the norm (after this clip); 0 does not."
+    )
+    grad_clip_ema_decay: float = Field(0.99, gt=0, lt=1, description="Decay of that average, a step; the first norm starts it.")
+    spike_factor: float = Field(
+        0.0,
+        ge=0,
+        description="Skip a step whose norm, before clipping, is beyond this multiple of that average; 0 skips only what is "
+        "not finite.",
+    )
+    spike_warmup: int = Field(100, ge=1, description="Steps that are taken before the first one can be skipped as a spike.")
+    max_skipped: int = Field(10, ge=1, description="Steps skipped in a row at which the run fails.")
+    no_decay: list[str] = Field(
+        [],
+        description="Patterns of names of parameters that do not decay although matrices, as `*scale_shift_table` (fnmatch).",
+    )
+    groups: list[ParameterGroupConfig] = Field([], description="Parameters with a rate or a start of their own.")
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="Decay of the weights' moving average, a step; warms up. 0 keeps none."
     )
@@ -126,6 +134,12 @@ class TrainerConfig(Section):
     checkpoint_every: int = execution(200, ge=1, description="Steps between checkpoints; one more is written at the end.")
     keep_checkpoints: int = execution(2, ge=1, description="How many of the newest checkpoints stay.")
     log_every: int = execution(10, ge=1, description="Steps between lines on the console; metrics.jsonl has every step.")
+    peak_tflops: float | None = execution(
+        None,
+        gt=0,
+        description="Dense matrix products of a device at this precision by its data sheet, in TFLOP/s (H100 SXM, bf16: 989); "
+        "for the MFU in the metrics. null has none.",
+    )
     num_threads: int | None = execution(None, ge=1, description="CPU threads of a rank; null shares the cores out.")
     device: Literal["auto", "cpu", "cuda"] = execution("auto", description="`auto` takes CUDA where it works.")
 
@@ -149,6 +163,30 @@ class WandbConfig(Section):
     project: str = execution("videofm", description="Project name.")
 
 
+class SamplesConfig(Section):
+    """Videos during training, from the weights that would be shipped: same prompts, same noise each time."""
+
+    every: int = Field(ge=1, description="Steps between samples; the last step makes some too.")
+    prompts: list[str] = Field(min_length=1, description="Captions, one video each.")
+    num_frames: int = Field(ge=1, description="Frames of a video.")
+    height: int = Field(ge=8, description="Height, in pixels.")
+    width: int = Field(ge=8, description="Width, in pixels.")
+    fps: float = Field(gt=0, description="Frames a second; the model is told.")
+    num_steps: int = Field(30, ge=1, description="Steps from noise to data.")
+    guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 is off.")
+
+
+class HeldOutConfig(Section):
+    """The loss during training at fixed noise levels and fixed noise, on clips that are cut as those that are trained on."""
+
+    every: int = Field(ge=1, description="Steps between measurements; the last step is measured too.")
+    split: Literal["train", "held_out"] = Field("held_out", description="Which clips of `data.manifest` to measure on.")
+    num_clips: int = Field(64, ge=1, description="How many; whole micro-batches are read.")
+    sigmas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="Noise levels in (0, 1)."
+    )
+
+
 class TrainConfig(Section):
     """Train one objective on shards."""
 
@@ -158,9 +196,24 @@ class TrainConfig(Section):
     objective: ObjectiveConfig = Field(description="What is minimised.")
     data: DataConfig = Field(description="What is read.")
     optimizer: OptimizerConfig = Field(description="How weights move.")
+    phase_optimizers: dict[str, OptimizerConfig] = Field(
+        {}, description="Optimizer of a phase where it is another, such as `discriminator`."
+    )
     trainer: TrainerConfig = Field(description="The loop.")
     parallel: ParallelConfig = Field(ParallelConfig(), description="The mesh of processes.")
+    samples: SamplesConfig | None = execution(None, description="Videos during training; null makes none.")
+    held_out: HeldOutConfig | None = execution(None, description="Held-out loss during training; null measures none.")
     wandb: WandbConfig = Field(WandbConfig(), description="Copy of the metrics to Weights & Biases.")
+
+    @model_validator(mode="after")
+    def _watched_model_is_a_dit(self) -> TrainConfig:
+        watched = [name for name in ("samples", "held_out") if getattr(self, name) is not None]
+        if watched and not isinstance(self.objective, FlowMatchingConfig):
+            raise ValueError(
+                f"{' and '.join(watched)}: only objective flow_matching trains a model for them, not {self.objective.kind}; "
+                "leave out what does not fit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _data_degree_divides(self) -> TrainConfig:

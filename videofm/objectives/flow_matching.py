@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
-from videofm.config.train import FlowMatchingConfig
-from videofm.objectives.noise_levels import NoiseLevelLaw
-from videofm.ops import flow
+from videofm.config.flow_matching import FlowMatchingConfig
+from videofm.errors import ConfigError
+from videofm.objectives.conditioning import MODES, Given, draw_given, probabilities
+from videofm.objectives.noise_levels import ClipShape, NoiseLevelLaw
+from videofm.objectives.tokens import TokenBatch, draw_subset, loss_weight
 from videofm.ops.patchify import tokens_from_latents
-from videofm.ops.rope import video_coordinates
-from videofm.types import Batch, Conditioning, Loss, SampleRng
+from videofm.types import Batch, Compression, Conditioning, Loss, SampleRng
 
 _TEXT_MULTIPLE = 32
 """Text is cut to a multiple of this many tokens, so that few different shapes occur."""
@@ -31,18 +33,47 @@ class FlowMatchingObjective:
         self.phases: Mapping[str, tuple[str, ...]] = {"train": trained}
 
     def loss(self, models: Mapping[str, nn.Module], batch: Batch, rng: SampleRng, phase: str) -> Loss:
-        """Sums over the local samples of the loss, `mse` (the same) and `sigma`.
+        """Sums over the local samples of the loss and of the metrics.
 
-        Draws, each keyed by sample: `posterior` (latents are sampled), `sigma`, `noise`, `caption` (dropout).
+        The loss of a sample is a mean over its tokens that bear loss, so it does not depend on how many are given. `mse` is
+        the same without weights, `sigma` the mean level of those tokens. Where anything is ever given, `given` is the share
+        of given tokens and `share_MODE` the share of samples in each mode. What a sample costs: `tokens`, `text_tokens` with
+        `padding_share`, the share of them that is padding, and `flops` where the model has a formula.
+
+        Draws, each keyed by sample: `posterior` (latents are sampled), `noise`, `sigma`, `caption` (dropout), and those of
+        `draw_given` and `draw_subset`.
         """
         clean = self.encode(models["vae"], batch.video, rng)
-        num_tokens = clean.shape[2] * clean.shape[3] * clean.shape[4]
-        sigma = self.noise_levels.sample(rng.uniform("sigma"), num_tokens)
         noise = rng.normal("noise", tuple(clean.shape[1:]))
         captions = self.drop_captions(batch.captions, rng.uniform("caption"))
-        mse = self.velocity_errors(models, clean, captions, batch.fps, sigma, noise)
-        total = mse.sum()
-        return Loss(total, {"loss": total.detach(), "mse": total.detach(), "sigma": sigma.sum()})
+        sigma = self.draw_sigma(clean, models["vae"].compression, rng)
+        given = draw_given(self.config.conditioning, _cells(clean), rng)
+        tokens = self.tokens(models, clean, noise, sigma, batch.fps, given)
+        if dropping := self.config.token_dropping:
+            tokens = tokens.subset(draw_subset(tokens.clean.shape[1], tokens.given, dropping.num_tokens, rng))
+
+        text = self._conditioning(models["text_encoder"], captions)
+        squares = self.squared_errors(models["dit"], tokens, text)
+        mse = tokens.means(squares)
+        weight = loss_weight(self.config.loss_weighting, tokens.sigma)
+        total = (mse if weight is None else tokens.means(squares, weight)).sum()
+        level = tokens.sigma if tokens.sigma.ndim == 1 else tokens.means(tokens.sigma[:, :, None])
+        metrics = {"loss": total.detach(), "mse": mse.detach().sum(), "sigma": level.sum()}
+        return Loss(total, metrics | self._shares(given, tokens) | _cost(models["dit"], tokens, text))
+
+    def check(self, models: Mapping[str, nn.Module]) -> None:
+        """Refuse a VAE whose latent statistics are not the ones that the config names.
+
+        Raises:
+            ConfigError: another hash.
+        """
+        wanted, found = self.config.latent_statistics_hash, models["vae"].latent_statistics.hash
+        if wanted not in (None, found):
+            raise ConfigError(
+                f"objective.latent_statistics_hash is {wanted}, but the statistics of role vae have {found}: they were "
+                "measured again, or are another VAE's. A model trained on one normalisation does not fit the other: load the "
+                "VAE that was meant, or set the hash to null."
+            )
 
     @torch.no_grad()
     def encode(self, vae: nn.Module, video: Tensor, rng: SampleRng | None = None) -> Tensor:
@@ -54,6 +85,44 @@ class FlowMatchingObjective:
             latents = posterior.sample(rng.normal("posterior", tuple(posterior.mean.shape[1:]))).float()
         return vae.normalize(latents)
 
+    def draw_sigma(self, clean: Tensor, compression: Compression, rng: SampleRng) -> Tensor:
+        """Noise levels for latents `clean` `(B, C, T, H, W)`: `(B,)`, or `(B, L)` where each frame has its own.
+
+        The law looks at the size of the whole clip, as the sampler's schedule does, also where tokens are dropped.
+        """
+        num_frames, rows, columns = _cells(clean)
+        draws = rng.uniform("sigma", (num_frames,) if self.config.sigma_per == "frame" else ())
+        sigma = self.noise_levels.quantile(draws, ClipShape.of(clean, compression))
+        return sigma if sigma.ndim == 1 else repeat(sigma, "b t -> b (t h w)", h=rows, w=columns)
+
+    def tokens(
+        self,
+        models: Mapping[str, nn.Module],
+        clean: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        fps: Tensor,
+        given: Given | None = None,
+    ) -> TokenBatch:
+        """The tokens of latents `clean` and `noise` `(B, C, T, H, W)` at levels `sigma` `(B,)` or `(B, L)`.
+
+        Args:
+            models: roles `dit` and `vae`, which say where a token lies.
+            clean: normalised latents.
+            noise: unit Gaussian.
+            sigma: levels of the tokens that are not given.
+            fps: `(B,)` frames a second.
+            given: what is given at its own level.
+        """
+        coordinates = models["dit"].coordinates(_cells(clean), fps, models["vae"].compression, self.config.causal_fix)
+        levels, mask = (sigma, None) if given is None else (given.levels(sigma), given.mask)
+        return TokenBatch(tokens_from_latents(clean), tokens_from_latents(noise), levels, coordinates, mask)
+
+    def squared_errors(self, dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> Tensor:
+        """Squares of predicted velocity minus `noise - clean`, `(B, L, C)` float32, also under autocast; `text` has B rows."""
+        predicted = dit(tokens.noisy, tokens.sigma, text, tokens.coordinates)
+        return (predicted.float() - tokens.velocity.float()).square()
+
     def velocity_errors(
         self,
         models: Mapping[str, nn.Module],
@@ -63,26 +132,13 @@ class FlowMatchingObjective:
         sigma: Tensor,
         noise: Tensor,
     ) -> Tensor:
-        """Each sample's mean squared error of the predicted velocity.
+        """Each sample's mean squared error of the predicted velocity, `(B,)` float32, with nothing given or dropped.
 
-        Args:
-            models: roles `dit`, `vae` (for its compression) and `text_encoder`.
-            clean: normalised latents `(B, C, T, H, W)`.
-            captions: B texts.
-            fps: `(B,)` frames a second.
-            sigma: `(B,)` noise levels.
-            noise: unit Gaussian, shape of `clean`.
-
-        Returns:
-            `(B,)` float32, also under autocast.
+        Arguments as in `tokens`; `captions` are B texts.
         """
-        conditioning = self._conditioning(models["text_encoder"], captions)
-        coordinates = video_coordinates(tuple(clean.shape[2:]), fps, models["vae"].compression)
-        clean_tokens, noise_tokens = tokens_from_latents(clean), tokens_from_latents(noise)
-        noisy = flow.add_noise(clean_tokens, noise_tokens, sigma)
-        predicted = models["dit"](noisy, sigma, conditioning, coordinates)
-        error = predicted.float() - flow.velocity(clean_tokens, noise_tokens).float()
-        return error.square().flatten(1).mean(dim=1)
+        tokens = self.tokens(models, clean, noise, sigma, fps)
+        text = self._conditioning(models["text_encoder"], captions)
+        return tokens.means(self.squared_errors(models["dit"], tokens, text))
 
     def drop_captions(self, captions: list[str], uniform: Tensor) -> list[str]:
         """Captions with those whose draw lies below `caption_dropout` made empty."""
@@ -100,7 +156,33 @@ class FlowMatchingObjective:
         longest = int(text.mask.sum(dim=1).max()) if _padded_at_the_end(text.mask) else text.mask.shape[1]
         kept = -(-longest // _TEXT_MULTIPLE) * _TEXT_MULTIPLE
         rows = torch.tensor([distinct.index(caption) for caption in captions], device=text.mask.device)
-        return Conditioning(text.embeddings[:, :kept][rows], text.mask[:, :kept][rows])
+        return text.trimmed(kept).rows(rows)
+
+    def _shares(self, given: Given | None, tokens: TokenBatch) -> dict[str, Tensor]:
+        """Sums over the samples for the log; the same names at every step, whatever was drawn."""
+        modes = [mode for mode, share in probabilities(self.config.conditioning).items() if share]
+        if not modes:
+            return {}
+        if given is None or tokens.given is None:
+            return dict.fromkeys(("given", *(f"share_{mode}" for mode in modes)), tokens.clean.new_zeros(()))
+        shares = {f"share_{mode}": (given.mode == MODES.index(mode)).float().sum() for mode in modes}
+        return {"given": tokens.given.float().mean(dim=1).sum()} | shares
+
+
+def _cells(latents: Tensor) -> tuple[int, int, int]:
+    num_frames, rows, columns = latents.shape[2:]
+    return num_frames, rows, columns
+
+
+def _cost(dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> dict[str, Tensor]:
+    """Sums over the samples of what they cost; made on the device, without a copy from the host."""
+    size, num_tokens = tokens.clean.shape[:2]
+    num_text = text.embeddings.shape[1] + (0 if text.clip_embeddings is None else text.clip_embeddings.shape[1])
+    counts = {"tokens": num_tokens, "text_tokens": num_text}
+    if formula := getattr(getattr(dit, "config", None), "flops", None):
+        counts["flops"] = formula(num_tokens, num_text)
+    padding = (~text.mask).float().mean(dim=1).sum()
+    return {name: tokens.clean.new_full((), size * count) for name, count in counts.items()} | {"padding_share": padding}
 
 
 def _padded_at_the_end(mask: Tensor) -> bool:

@@ -38,6 +38,10 @@ class KeyedRng:
         """Uniform in [0, 1), `(B, *shape)`, float32."""
         return self._draw(name, lambda generator: torch.rand(shape, generator=generator))
 
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator for draws that the samples of the micro-batch share. Micro-batches do not depend on the layout."""
+        return keyed_generator(self.seed, self.step, self.sample_ids[0], name)
+
     def _draw(self, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = [draw(keyed_generator(self.seed, self.step, sample_id, name)) for sample_id in self.sample_ids]
         return torch.stack(rows).to(self.device)

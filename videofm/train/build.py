@@ -12,10 +12,12 @@ from torch import nn
 
 from videofm import models, registry
 from videofm.config.train import ModelConfig, TrainConfig
+from videofm.data.buckets import describe_steps
 from videofm.data.loader import StepLoader
-from videofm.errors import ConfigError
+from videofm.errors import ConfigError, ParallelError
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.rng import derive_seed
+from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
 from videofm.train.engine import PhaseEngine
 from videofm.train.optim import MovingAverage
@@ -40,25 +42,42 @@ class Job:
 def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLoader, models_: Mapping[str, nn.Module]) -> Job:
     """Wrap loaded models into engines and moving averages. `models_` already carry the weights to start from."""
     objective = build_objective(config)
+    if len(objective.phases) > 1 and config.parallel.zero_stage == 3:
+        raise ParallelError(
+            f"objective {config.objective.kind!r} has the phases {', '.join(objective.phases)}, which share models; ZeRO "
+            "stage 3 shards a model for one phase only. Set parallel.zero_stage to 0, 1 or 2."
+        )
+    if unknown := set(config.phase_optimizers) - set(objective.phases):
+        raise ConfigError(
+            f"phase_optimizers has {', '.join(sorted(unknown))}; this objective has the phases {', '.join(objective.phases)}."
+        )
+    if check := getattr(objective, "check", None):
+        check(models_)
     # Dropout and the like belong to the objective, keyed by sample; modules stay deterministic.
     for role, model in models_.items():
         trained = role in trained_roles(objective)
         model.to(mesh.device).train(trained).requires_grad_(trained)
+        if trained:
+            models.freeze_all_but_lora(model)
         _parallelize(model, mesh, config, role)
     engines = {phase: PhaseEngine(models_, objective, phase, config, mesh) for phase in objective.phases}
-    averages = {}
-    if config.optimizer.ema_decay > 0:
-        averages = {
-            role: MovingAverage(models_[role].named_parameters(), config.optimizer.ema_decay)
-            for role in trained_roles(objective)
-        }
+    averages: dict[str, MovingAverage] = {}
+    for phase, roles in objective.phases.items():
+        decay = config.phase_optimizers.get(phase, config.optimizer).ema_decay
+        averages |= {role: MovingAverage(_trainable(models_[role]), decay) for role in roles if decay > 0}
     return Job(config, run, mesh, models_, objective, engines, averages, loader, trained_roles(objective))
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, role: str) -> None:
     dtype = torch.bfloat16 if config.trainer.precision == "bf16_autocast" else None
-    chosen = config.models[role]
-    options = models.ParallelOptions(chosen.attention, chosen.cross_attention, dtype)
+    chosen = config.models.get(role)
+    options = models.ParallelOptions(dtype=dtype)
+    if chosen is not None:
+        options = models.ParallelOptions(chosen.attention, chosen.cross_attention, dtype)
     models.model_spec(model.spec_name).parallelize(model, mesh, options)
 
 
@@ -66,16 +85,20 @@ def build_objective(config: TrainConfig) -> Objective:
     """The configured objective.
 
     Raises:
-        ConfigError: its roles are not the ones that `models` fills.
+        ConfigError: its roles are not the ones that `models` fills, or one that it does not train is to have adapters.
     """
     kind = config.objective.kind
     objective: Objective = registry.lookup(registry.OBJECTIVES, kind, "objective")(config.objective)
-    missing, extra = set(objective.roles) - set(config.models), set(config.models) - set(objective.roles)
+    wanted = set(objective.roles) - set(getattr(objective, "own_models", {}))
+    missing, extra = wanted - set(config.models), set(config.models) - wanted
     if missing or extra:
         raise ConfigError(
-            f"objective {kind!r} takes the models {', '.join(sorted(objective.roles))}; "
+            f"objective {kind!r} takes the models {', '.join(sorted(wanted))}; "
             f"missing: {', '.join(sorted(missing)) or 'none'}; unknown: {', '.join(sorted(extra)) or 'none'}"
         )
+    for role, chosen in config.models.items():
+        if chosen.lora is not None and role not in trained_roles(objective):
+            raise ConfigError(f"models.{role}.lora: objective {kind!r} does not train {role}; leave it out.")
     return objective
 
 
@@ -86,8 +109,10 @@ def trained_roles(objective: Objective) -> tuple[str, ...]:
 
 def build_models(config: TrainConfig, device: str = "cpu") -> dict[str, nn.Module]:
     """Every role's model, new ones with weights drawn from (seed, role): the same on every rank and in every run."""
+    own = getattr(build_objective(config), "own_models", {})
+    wanted = {**config.models, **{role: ModelConfig.model_validate(fields) for role, fields in own.items()}}
     built = {}
-    for role, model_config in config.models.items():
+    for role, model_config in wanted.items():
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(config.seed, "weights", role))
             built[role] = _build_model(model_config, device)
@@ -95,10 +120,38 @@ def build_models(config: TrainConfig, device: str = "cpu") -> dict[str, nn.Modul
 
 
 def _build_model(config: ModelConfig, device: str) -> nn.Module:
+    model = _base_model(config, device)
+    if config.lora is not None:
+        models.inject_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
+        adapters = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        LOG.info(
+            "%d layers have adapters of rank %d, %s parameters", len(adapters) // 2, config.lora.rank, f"{sum(adapters):,}"
+        )
+    return model
+
+
+def _base_model(config: ModelConfig, device: str) -> nn.Module:
     if config.path is not None:
         return models.load(config.path, role=config.role)
     assert config.name is not None
-    return models.build(config.name, size=config.size or "tiny", device=device, **config.overrides)
+    if config.init_from is not None:
+        filled = models.initial(
+            config.name, config.init_from, config.size, config.role, config.init_component, **config.overrides
+        )
+        LOG.info(filled.report())
+        return filled.model
+    model = models.build(config.name, size=config.size or "tiny", device=device, **config.overrides)
+    if config.inflate_from is not None and device != "meta":
+        models.inflate(model, config.inflate_from)
+    return model
+
+
+def fate(model: nn.Module, trained: bool) -> str:
+    """Whether the weights of a role are trained, frozen, or only its adapters are trained."""
+    if trained and models.lora_spec(model) is not None:
+        adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return f"of which {adapters:,} are adapters and trained"
+    return "trained" if trained else "frozen"
 
 
 def pick_device(name: str) -> torch.device:
@@ -121,18 +174,16 @@ def dry_run(config: TrainConfig) -> str:
     objective = build_objective(config)
     lines = []
     for role, model_config in config.models.items():
-        if model_config.path is not None:
-            state = "found" if Path(model_config.path).exists() else "not there yet"
-            lines.append(f"{role}: from {model_config.path} ({state})")
+        if source := model_config.path or model_config.init_from:
+            state = "found" if Path(source).exists() else "not there yet"
+            lines.append(f"{role}: from {source} ({state})")
             continue
         model = _build_model(model_config, "meta")
         count = sum(parameter.numel() for parameter in model.parameters())
-        trained = "trained" if role in trained_roles(objective) else "frozen"
+        trained = fate(model, role in trained_roles(objective))
         lines.append(f"{role}: {model_config.name} {model_config.size or 'tiny'}, {count:,} parameters, {trained}")
-    samples = config.data.micro_batch_size * config.data.num_micro_batches
-    size = f"{config.data.num_frames}x{config.data.height}x{config.data.width}"
     lines.append(
-        f"{config.trainer.max_steps} steps of {samples} clips of {size}"
+        f"{config.trainer.max_steps} steps of {describe_steps(config.data)}"
         f" on {config.parallel.data_degree} processes, ZeRO stage {config.parallel.zero_stage}, {config.trainer.precision}"
     )
     return "\n".join(lines)

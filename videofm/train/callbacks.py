@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 from videofm.data.plan import PlanState
+from videofm.evaluation.latents import LatentDiagnostics, alarms
+from videofm.models.vae.statistics import write_statistics
+from videofm.objectives.latent_statistics import first_clips
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, write_atomic
 from videofm.train import state
@@ -36,7 +39,8 @@ class Metrics:
     def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
         """Write the row. Rows are flushed with each line of the console, and before each checkpoint: a run that resumes from
         it does not write them again."""
-        self._file.write(json.dumps({"step": position.step, "attempt": self.attempt, **metrics}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no infinity
+        self._file.write(json.dumps({"step": position.step, "attempt": self.attempt, **numbers}) + "\n")
         note = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "psnr", "grad_norm") if name in metrics)
         self._progress.advance(1, note)
         if position.step % self.log_every == 0:
@@ -114,6 +118,47 @@ def _set_aside_rows_after(run: RunDirectory, step: int, attempt: int) -> None:
     aside = run.path / "attempts" / f"{attempt:04d}" / "superseded_metrics.jsonl"
     write_atomic(aside, "".join(json.dumps(row) + "\n" for row in rows if row["step"] > step))
     write_atomic(run.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+class Diagnostics:
+    """What the latents of the role `vae` are like, each `every` steps and at the end: `diagnostics.jsonl` and, of the end,
+    `latent_statistics.json`. Alarms go to the log.
+
+    It reads the first clips of the training order through the moving average where there is one, after `AfterTraining`, so that
+    the statistics file holds what that measured. Every rank does the same work on the same clips; one writes.
+    """
+
+    def __init__(self, every: int, num_clips: int) -> None:
+        self.every, self.num_clips = every, num_clips
+
+    def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
+        """Look where the count says so."""
+        if self.every and position.step % self.every == 0 and position.step < job.config.trainer.max_steps:
+            self._look(job, position.step)
+
+    def after_training(self, job: Job, position: PlanState) -> None:
+        """Look once more and write the statistics, unless training stopped early."""
+        if position.step == job.config.trainer.max_steps:
+            num_clips = self._look(job, position.step)
+            if job.mesh.is_main:
+                with averaged_weights(job.averages.values()):
+                    write_statistics(job.models["vae"], job.run.path, num_clips)
+
+    def _look(self, job: Job, step: int) -> int:
+        vae, found, read = job.models["vae"], LatentDiagnostics(), 0
+        with averaged_weights(job.averages.values()), torch.no_grad():
+            vae.eval()
+            for batch in first_clips(job.loader.first_clips(), self.num_clips):
+                found.update(vae.encode(batch.video.to(job.mesh.device)))
+                read += len(batch.video)
+            vae.train()
+        if job.mesh.is_main:
+            result = found.result()
+            with (job.run.path / "diagnostics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "num_clips": read, **result}) + "\n")
+            for alarm in alarms(result):
+                LOG.warning("latents at step %d: %s", step, alarm)
+        return read
 
 
 class AfterTraining:

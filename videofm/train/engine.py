@@ -7,9 +7,10 @@ local samples, and the gradient must be that of the mean over all samples of the
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from videofm.errors import VideofmError
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.mpu import DeepSpeedMpu
 from videofm.parallel.rng import KeyedRng
-from videofm.train.optim import parameter_groups, take_shard
+from videofm.progress import LOG
+from videofm.train.busy import BusyTime
+from videofm.train.optim import GradientClip, parameter_groups, take_shard
 from videofm.types import Batch, Objective
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -28,6 +31,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime.utils import combine_grad_norm_groups
     from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -48,14 +52,38 @@ class PhaseModule(nn.Module):
         self._objective, self._phase, self._seed = [objective], phase, config.seed
         self._autocast = config.trainer.precision == "bf16_autocast"
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, prepared: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over the samples of `batch`, and sums of its metrics."""
-        device = batch.video.device
-        rng = KeyedRng(self._seed, batch.step, batch.sample_ids, device)
-        models = {**self._frozen[0], **self.roles}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
-            loss = self._objective[0].loss(models, batch, rng, self._phase)
+        extra = () if prepared is None else (prepared,)
+        with torch.autocast(batch.video.device.type, torch.bfloat16, enabled=self._autocast):
+            loss = self._objective[0].loss(self._models, batch, self._rng(batch), self._phase, *extra)
         return loss.total, loss.metrics
+
+    def prepare(self, batches: Sequence[Batch], all_sum: Callable[[Tensor], Tensor]) -> Any:
+        """What the objective has to know about the whole step before its first loss (see `types.Objective`)."""
+        prepare = getattr(self._objective[0], "prepare", None)
+        if prepare is None:
+            return None
+        rngs = [self._rng(batch) for batch in batches]
+        with torch.autocast(batches[0].video.device.type, torch.bfloat16, enabled=self._autocast):
+            return prepare(self._models, batches, rngs, self._phase, all_sum)
+
+    def train_only_mine(self, trains: Callable[[nn.Parameter], bool]) -> None:
+        """Let gradients reach the parameters of this phase's roles that `trains` accepts, and no others.
+
+        Phases share models: without this a generator's backward pass would fill the discriminator's gradients too.
+        """
+        for model in self._frozen[0].values():
+            model.requires_grad_(False)
+        for parameter in self.roles.parameters():
+            parameter.requires_grad_(trains(parameter))
+
+    @property
+    def _models(self) -> dict[str, nn.Module]:
+        return {**self._frozen[0], **self.roles}
+
+    def _rng(self, batch: Batch) -> KeyedRng:
+        return KeyedRng(self._seed, batch.step, batch.sample_ids, batch.video.device)
 
 
 class PhaseEngine:
@@ -65,36 +93,47 @@ class PhaseEngine:
         self, models: Mapping[str, nn.Module], objective: Objective, phase: str, config: TrainConfig, mesh: Mesh
     ) -> None:
         self.config, self.mesh, self.phase = config, mesh, phase
-        self.num_local_micro_batches = config.data.num_micro_batches // config.parallel.data_degree
-        module = PhaseModule(models, objective, phase, config)
+        self.optimizer_config = config.phase_optimizers.get(phase, config.optimizer)
+        self.clip = GradientClip(self.optimizer_config)
+        self.busy = BusyTime(mesh.device)
+        self.module = PhaseModule(models, objective, phase, config)
+        trained = {name: value for name, value in self.module.roles.named_parameters() if value.requires_grad}
+        self.named_parameters = trained
+        self.groups = parameter_groups(trained, self.optimizer_config)
         optimizer = torch.optim.AdamW(
-            parameter_groups(module, config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
+            [{"params": group.parameters, "weight_decay": group.weight_decay} for group in self.groups],
+            lr=self.optimizer_config.lr,
+            betas=(self.optimizer_config.betas[0], self.optimizer_config.betas[1]),
+            eps=self.optimizer_config.eps,
             fused=True,
         )
         prepare_deepspeed(mesh.device)
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self._deepspeed_config(), mpu=DeepSpeedMpu(), dist_init_required=False
-        )
-        self.named_parameters = dict(module.roles.named_parameters())
+            model=self.module, optimizer=optimizer, config=self._deepspeed_config(), mpu=DeepSpeedMpu(),
+            dist_init_required=False,
+        )  # fmt: skip
+        self._shares_models = len(objective.phases) > 1 or bool(self.optimizer_config.groups)
+        self._grad_norm = 0.0
+        self._guard_steps()
 
     def step(self, batches: Sequence[Batch], lr: float) -> dict[str, float]:
-        """One optimizer step on this rank's micro-batches.
+        """One optimizer step on this rank's micro-batches, however many; other ranks have as many.
 
         Returns:
-            The mean of the loss and of each metric over all samples of the step, and the gradient's norm before clipping.
+            The mean of the loss and of each metric over all samples of the step, the gradient's norm before clipping (inf where
+            it is not finite), `skipped` (1 if the step moved nothing) and `num_skipped`, the count of such steps.
 
         Raises:
-            VideofmError: the loss is not finite; no weight was changed by this step.
+            VideofmError: the loss is not finite, or too many steps in a row were skipped; no weight was changed by this step.
         """
-        assert len(batches) == self.num_local_micro_batches, (len(batches), self.num_local_micro_batches)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rates(lr, batches[0].step)
+        self._set_clip(self.clip.limit)
+        prepared = self.module.prepare(batches, self.mesh.sum)
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            total, metrics = self.engine(batch)
+            self.engine.set_gradient_accumulation_boundary(index + 1 == len(batches))
+            with self.busy.piece():
+                total, metrics = self.engine(batch, prepared)
             # DeepSpeed averages over the ranks of the gradient group; a sum is wanted.
             scaled = total * (self.config.parallel.data_degree / batch.num_step_samples)
             self.engine.backward(scaled, scale_wrt_gas=False)
@@ -104,17 +143,25 @@ class PhaseEngine:
             if index + 1 == len(batches):
                 means = self._all_means(sums)
                 self._refuse_non_finite(means, batch.step)
-            grad_norm = self._grad_norm_before_step()
+            self._before_step()
             self.engine.step()
-        if grad_norm is None:
-            grad_norm = float(self.engine.get_global_grad_norm())
-        return {**means, "grad_norm": grad_norm}
+        skipped = self._judged(batches[0].step)
+        return {**means, "grad_norm": self._grad_norm, "skipped": float(skipped), "num_skipped": self.clip.num_skipped}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's two moments as whole fp32 tensors, `exp_avg.ROLE.NAME`; the same for every ZeRO stage. All ranks call it."""
-        state = {}
+        """Adam's two moments as whole fp32 tensors, `exp_avg.ROLE.NAME`; the same for every ZeRO stage. Beside them
+        what `GradientClip` keeps; `num_steps` is the number of steps taken. All ranks call it."""
+        clip = self.clip
+        if clip.num_taken == 0:
+            self._make_state()
+        state = {
+            "num_steps": torch.tensor(clip.num_taken),
+            "num_skipped": torch.tensor(clip.num_skipped),
+            "num_skipped_in_a_row": torch.tensor(clip.num_skipped_in_a_row),
+            "clip_average": torch.tensor(clip.average, dtype=torch.float64),
+        }
         self._link_optimizer_state()
-        for name, parameter in self._trained():
+        for name, parameter in self.named_parameters.items():
             for moment in MOMENTS:
                 value = (
                     self._base.state[parameter][moment]
@@ -124,16 +171,14 @@ class PhaseEngine:
                 state[f"{moment}.{name}"] = value.detach().cpu().clone()
         return state
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], num_steps: int) -> None:
-        """Set Adam's moments from whole tensors and its count of steps, before the first step of this process."""
-        for flat in self._optimizer_tensors():
-            # Without state of its own DeepSpeed has nothing to write into, and would drop the values silently.
-            self._base.state[flat] = {
-                "step": torch.tensor(float(num_steps), device=flat.device),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-            }
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `optimizer_state` gave, before the first step of this process."""
+        self.clip.num_taken, self.clip.average = int(state["num_steps"]), float(state["clip_average"])
+        self.clip.num_skipped = int(state.get("num_skipped", 0))
+        self.clip.num_skipped_in_a_row = int(state.get("num_skipped_in_a_row", 0))
+        self._make_state()
         self._link_optimizer_state()
-        for name, parameter in self._trained():
+        for name, parameter in self.named_parameters.items():
             for moment in MOMENTS:
                 value = state[f"{moment}.{name}"].to(self.mesh.device)
                 if self._stage == 0:
@@ -144,6 +189,18 @@ class PhaseEngine:
                     safe_set_local_optimizer_state(parameter, shard, moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _set_rates(self, lr: float, step: int) -> None:
+        """The rate of each group; frozen ones get no gradient either, so that nothing is computed for them."""
+        frozen: set[int] = set()
+        for group, inside in zip(self.groups, self.engine.optimizer.param_groups, strict=True):
+            scale = group.lr_scale(step)
+            inside["lr"] = lr * scale
+            if scale == 0:  # not the rate, which a schedule may end at 0
+                frozen.update(map(id, group.parameters))
+        if self._shares_models:
+            mine = set(map(id, self.named_parameters.values())) - frozen
+            self.module.train_only_mine(lambda parameter: id(parameter) in mine)
 
     # -- DeepSpeed's inside
 
@@ -156,13 +213,25 @@ class PhaseEngine:
         """The torch optimizer below DeepSpeed's."""
         return self.engine.optimizer if self._stage == 0 else self.engine.optimizer.optimizer
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.named_parameters.items() if parameter.requires_grad]
+    def _set_clip(self, limit: float) -> None:
+        """DeepSpeed clips at a constant of its config: stage 0 reads it there, the others keep a copy."""
+        self.engine._config.gradient_clipping = limit
+        if self._stage > 0:
+            assert hasattr(self.engine.optimizer, "clip_grad"), "DeepSpeed renamed its limit"
+            self.engine.optimizer.clip_grad = limit
+
+    def _make_state(self) -> None:
+        """Moments of zero, for an optimizer that has not stepped: DeepSpeed would have nothing to read or to write into."""
+        for flat in self._optimizer_tensors():
+            self._base.state[flat] = {
+                "step": torch.tensor(float(self.clip.num_taken), device=flat.device),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
 
     def _optimizer_tensors(self) -> list[Tensor]:
         """The tensors that the torch optimizer steps: parameters, or the flat fp32 partitions of ZeRO."""
         if self._stage == 0:
-            return [parameter for _, parameter in self._trained()]
+            return list(self.named_parameters.values())
         zero = self.engine.optimizer
         return list(zero.single_partition_of_fp32_groups if self._stage in (1, 2) else zero.fp32_partitioned_groups_flat)
 
@@ -175,12 +244,71 @@ class PhaseEngine:
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
-    def _grad_norm_before_step(self) -> float | None:
-        """The norm at stage 0, whose engine does not report one; None where it will."""
+    def _guard_steps(self) -> None:
+        """Put the spike guard where ZeRO looks for an overflow, between the norm and the update.
+
+        ZeRO throws a step away whose norm is not finite, and clears its gradients; so a norm that the guard does not admit is
+        handed on as infinity. The norm is the same on all ranks, and so is the decision.
+        """
+        if self._stage == 0:
+            return
+        zero, name = self.engine.optimizer, "scaled_global_norm" if self._stage < 3 else "_get_norm_groups"
+        assert hasattr(zero, name), "DeepSpeed renamed its norm"
+        measure = getattr(zero, name)
+
+        def guarded() -> Any:
+            found = measure()  # at stage 3 the norm of each group, below that of all
+            norm = combine_grad_norm_groups(found) if self._stage == 3 else found
+            self._grad_norm = float(norm)
+            if self.clip.admits(self._grad_norm):
+                return found
+            refused = torch.full_like(norm, math.inf)
+            return [refused] if self._stage == 3 else refused
+
+        setattr(zero, name, guarded)
+
+    def _before_step(self) -> None:
+        """At stage 0, whose engine measures no norm and steps only what has a gradient: the norm, and what the guard says.
+
+        Frozen parameters get a gradient of zero, so that Adam counts their steps as ZeRO does, which steps whole partitions.
+        Where the step is to be skipped no parameter has a gradient: then AdamW touches neither weights nor moments.
+        """
         if self._stage != 0 or not self.engine.is_gradient_accumulation_boundary():
-            return None
-        grads = [parameter.grad for _, parameter in self._trained() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+            return
+        parameters = self.named_parameters.values()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        self._grad_norm = norm if math.isfinite(norm) else math.inf
+        if not self.clip.admits(norm):
+            self._set_clip(0.0)  # there is nothing to clip, which DeepSpeed cannot
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _judged(self, step: int) -> bool:
+        """Count the step that was just done as taken or skipped; whether it was skipped."""
+        clip, norm, limit = self.clip, self._grad_norm, self.clip.spike
+        skipped = not clip.admits(norm)
+        zero = self.engine.optimizer
+        assert self._stage == 0 or zero.overflow == skipped, "DeepSpeed decided otherwise than the spike guard"
+        clip.update(norm)
+        if not skipped:
+            return False
+        config = self.optimizer_config
+        why = "is not finite"
+        if math.isfinite(norm):
+            why = f"{norm:.4g} is beyond {limit:.4g}, spike_factor {config.spike_factor:g} times its average"
+        told = f"the gradient norm of step {step} in phase {self.phase} {why}"
+        if clip.num_skipped_in_a_row >= config.max_skipped:
+            raise VideofmError(
+                f"{told}; {clip.num_skipped_in_a_row} steps in a row were skipped, as many as optimizer.max_skipped allows. "
+                "The run has left its course: resume from the last checkpoint with a smaller optimizer.lr, look at the data, "
+                "or raise optimizer.spike_factor if norms of this size are right."
+            )
+        if self.mesh.is_main:
+            LOG.warning("%s; step skipped, nothing moved (%d skipped so far)", told, clip.num_skipped)
+        return True
 
     def _all_means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         names = sorted(sums)
@@ -195,11 +323,12 @@ class PhaseEngine:
             )
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        data, optimizer = self.config.data, self.config.optimizer
+        data = self.config.data
         return {
             "train_micro_batch_size_per_gpu": data.micro_batch_size,
-            "gradient_accumulation_steps": self.num_local_micro_batches,
-            "gradient_clipping": optimizer.grad_clip,
+            # For its own books only: `step` says where a step ends, and the objective's sums are divided there.
+            "gradient_accumulation_steps": data.num_micro_batches // self.config.parallel.data_degree,
+            "gradient_clipping": self.optimizer_config.grad_clip,
             "zero_optimization": {"stage": self._stage, "overlap_comm": self.mesh.device.type == "cuda"},
             # The optimizer is torch's: DeepSpeed's own needs a compiler on the machine.
             "zero_allow_untested_optimizer": True,

@@ -1,17 +1,21 @@
-"""The learning rate as a function of the step, the groups of parameters, and the moving average of the weights."""
+"""The learning rate as a function of the step, groups of parameters, clipping, the spike guard, and the moving average of the
+weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from videofm.config.train import OptimizerConfig
+from videofm.config.train import OptimizerConfig, ParameterGroupConfig
+from videofm.errors import ConfigError
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -26,14 +30,102 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     return config.lr * (config.final_ratio + (1 - config.final_ratio) * fall)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; vectors (biases, norms, tables of one dim) do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+_ALL = ParameterGroupConfig(match="*")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share weight decay, rate and start."""
+
+    rule: ParameterGroupConfig
+    weight_decay: float
+    parameters: list[nn.Parameter]
+
+    def lr_scale(self, step: int) -> float:
+        """Their rate over that of the others at optimizer step `step`; 0 while they are frozen."""
+        since = step - self.rule.start_step
+        if since < 0:
+            return 0.0
+        warm = min(1.0, (since + 1) / self.rule.warmup_steps) if self.rule.warmup_steps else 1.0
+        return self.rule.lr_scale * warm
+
+
+def parameter_groups(named_parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[Group]:
+    """The parameters in groups, by the first pattern of `config.groups` that matches `ROLE.NAME`, the rest by themselves;
+    matrices and kernels decay, vectors (biases, norms, tables of one dim) and what `config.no_decay` matches do not.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    sorted_in: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    rules = [*config.groups, _ALL]
+    for name, parameter in named_parameters.items():
+        first = next(index for index, rule in enumerate(rules) if fnmatch(name, rule.match))
+        decays = parameter.dim() >= 2 and not any(fnmatch(name, pattern) for pattern in config.no_decay)
+        sorted_in.setdefault((first, decays), []).append(parameter)
+    for index, pattern in enumerate(config.no_decay):
+        if not any(fnmatch(name, pattern) for name in named_parameters):
+            raise ConfigError(f"optimizer.no_decay.{index} = {pattern!r} matches no parameter. {_some(named_parameters)}")
+    used = {index for index, _ in sorted_in}
+    for index, rule in enumerate(config.groups):
+        if index not in used:
+            raise ConfigError(
+                f"optimizer.groups.{index}.match = {rule.match!r} matches no parameter that an earlier group left. "
+                f"{_some(named_parameters)}"
+            )
+    order = sorted(sorted_in, key=lambda key: (key[0], not key[1]))
+    return [Group(rules[index], config.weight_decay if decays else 0.0, sorted_in[index, decays]) for index, decays in order]
+
+
+def _some(named_parameters: Mapping[str, nn.Parameter]) -> str:
+    return f"Names are such as {', '.join(list(named_parameters)[:3])}."
+
+
+class GradientClip:
+    """What becomes of a gradient, by its norm before clipping: it is cut to a limit, or its step is skipped.
+
+    The limit is a constant, a multiple of the norm's moving average, or the smaller. A step is skipped whose norm is not finite
+    or, with `spike_factor`, beyond that multiple of the same average: nothing moves, as if its samples had never been read.
+    """
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.config = config
+        self.average = 0.0
+        self.num_taken = 0
+        self.num_skipped = 0
+        self.num_skipped_in_a_row = 0
+
+    @property
+    def limit(self) -> float:
+        """For the next step; 0 does not clip."""
+        limits = [self.config.grad_clip, self.config.grad_clip_ema * self.average]
+        return min((limit for limit in limits if limit > 0), default=0.0)
+
+    @property
+    def spike(self) -> float:
+        """The largest norm that the next step may have without being skipped."""
+        guards = self.config.spike_factor > 0 and self.num_taken >= self.config.spike_warmup and self.average > 0
+        return self.config.spike_factor * self.average if guards else sys.float_info.max
+
+    def admits(self, norm: float) -> bool:
+        """Whether a step of norm `norm` is taken."""
+        return norm <= self.spike  # false for NaN
+
+    def update(self, norm: float) -> None:
+        """Take in the norm of a step, and count it as taken or skipped.
+
+        A norm enters the average as at most `grad_clip_ema` times the average, and that of a skipped step not at all, so that
+        neither raises it. The constant `grad_clip` does not bound it: where that cuts every step, norms still differ.
+        """
+        if not self.admits(norm):
+            self.num_skipped += 1
+            self.num_skipped_in_a_row += 1
+            return
+        most, decay = self.config.grad_clip_ema * self.average, self.config.grad_clip_ema_decay
+        counted = min(norm, most) if most else norm
+        self.average = decay * self.average + (1 - decay) * counted if self.average else counted
+        self.num_taken += 1
+        self.num_skipped_in_a_row = 0
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
@@ -58,6 +150,12 @@ def take_shard(parameter: nn.Parameter, whole: Tensor, group: dist.ProcessGroup)
     flat = torch.zeros(size * dist.get_world_size(group), dtype=whole.dtype, device=whole.device)
     flat[: whole.numel()] = whole.flatten()
     return flat[rank * size : (rank + 1) * size]
+
+
+def _spread(parameter: nn.Parameter) -> None:
+    """Bring a parameter that ZeRO-3 keeps whole beside its shards, as it does small ones, up to them. All ranks call it."""
+    if hasattr(parameter, "ds_tensor") and parameter.shape == parameter.ds_shape:
+        parameter.data.copy_(gather_shard(parameter, local_shard(parameter), parameter.ds_process_group))
 
 
 class MovingAverage:
@@ -90,12 +188,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the weights with the average; call it again to undo."""
+        """Exchange the weights with the average; call it again to undo. All ranks call it."""
         for name, shard in self.shards.items():
             weights = local_shard(self.parameters[name])
             kept = weights.clone()
             weights.copy_(shard)
             shard.copy_(kept)
+            _spread(self.parameters[name])
 
 
 @contextmanager

@@ -5,14 +5,15 @@ models/ROLE/model.{json,safetensors}   ema/ROLE/model   optimizer/PHASE.safetens
 train_config.json (the run's resolved config)   state.json (step, position in the data, what order it belongs to)
 ```
 Tensors are whole and named by parameter, so that a checkpoint says nothing of ranks or ZeRO stages. Frozen roles do not
-change: they are written once, to `frozen/ROLE` of the run directory.
+change: they are written once, to `frozen/ROLE` of the run directory. Of a role that trains adapters only these are in the
+checkpoint; what they are added to is in `base/ROLE`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from videofm import models
 from videofm.checkpoint.save import CheckpointFiles, newest, prune, read_tensors, write_checkpoint
 from videofm.data.plan import PlanState
+from videofm.parallel.mesh import Mesh
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory, read_json
 from videofm.train.build import Job
@@ -46,15 +48,30 @@ def save(job: Job, position: PlanState) -> None:
 
 def save_frozen(job: Job) -> None:
     """Write the frozen roles once, so that a run directory is all that sampling and export need."""
+    own = getattr(job.objective, "own_models", {})  # what the objective loads for itself is no part of a result
     for role, model in job.models.items():
-        folder = job.run.path / "frozen" / role
-        if role not in job.trained_roles and job.mesh.is_main and not folder.exists():
-            # Aside and renamed: a run that is killed here must not keep half a model.
-            aside = folder.with_name(f".{role}.tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            models.save(model, aside)
-            os.replace(aside, folder)
+        if role not in (*job.trained_roles, *own) and job.mesh.is_main:
+            _write_once(model, job.run.path / "frozen" / role, models.save)
     job.mesh.barrier()
+
+
+def save_bases(run: RunDirectory, built: Mapping[str, nn.Module], mesh: Mesh) -> None:
+    """Write once what adapters are added to, since checkpoints hold the adapters only; before the engines are made, which may
+    shard it.
+    """
+    for role, model in built.items():
+        if models.lora_spec(model) is not None and mesh.is_main:
+            _write_once(model, run.path / "base" / role, models.save_base)
+    mesh.barrier()
+
+
+def _write_once(model: nn.Module, folder: Path, write: Callable[[nn.Module, Path], object]) -> None:
+    if not folder.exists():
+        # Aside and renamed: a run that is killed here must not keep half a model.
+        aside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        write(model, aside)
+        os.replace(aside, folder)
 
 
 def load_weights(folder: Path, built: Mapping[str, nn.Module], trained: tuple[str, ...]) -> None:
@@ -69,7 +86,7 @@ def load_state(job: Job, folder: Path) -> PlanState:
     job.loader.plan.check(state["data"])
     position = PlanState.from_json(state["position"])
     for phase, engine in job.engines.items():
-        engine.load_optimizer_state(read_tensors(folder, f"optimizer/{phase}"), position.step)
+        engine.load_optimizer_state(read_tensors(folder, f"optimizer/{phase}"))
     for role, average in job.averages.items():
         average.load(read_tensors(folder, f"ema/{role}/model"), job.mesh.gradient_group)
     return position

@@ -10,7 +10,9 @@ from videofm.data.loader import Step
 from videofm.data.plan import PlanState
 from videofm.errors import Interrupted
 from videofm.train.build import Job
+from videofm.train.busy import slowest_rank
 from videofm.train.optim import learning_rate
+from videofm.train.speed import with_speed
 
 
 class Callback(Protocol):
@@ -28,17 +30,24 @@ class Callback(Protocol):
 def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanState:
     """Train from `position` to `trainer.max_steps`.
 
+    Metrics of a step's speed are those of `speed.with_speed`, and `slowest_rank`: over ranks the largest time over the mean
+    time of waiting for data and of the forward passes. A step ends for all ranks at once, when their gradients have met: what
+    one rank waits for another shows there alone. (ZeRO 3 meets in the forward passes too, and hides part of it.)
+
     Raises:
         Interrupted: a stop was asked for; the callbacks have saved.
     """
-    steps = job.loader.steps(position)
+    steps, peak = job.loader.steps(position), job.config.trainer.peak_tflops
     while position.step < job.config.trainer.max_steps:
         started = time.perf_counter()
         step = next(steps)
         data_wait = time.perf_counter() - started
         metrics = train_step(job, step)
         position = step.after
-        metrics |= _speed(job, time.perf_counter() - started, data_wait)
+        busy = data_wait + sum(engine.busy.take() for engine in job.engines.values())
+        slowest = slowest_rank(job.mesh, busy)
+        metrics = with_speed(metrics, step.num_samples, time.perf_counter() - started, data_wait, job.mesh, peak)
+        metrics["slowest_rank"] = slowest
         for callback in callbacks:
             callback.after_step(job, position, metrics)
         if job.mesh.any_rank(job.run.stop_requested) and position.step < job.config.trainer.max_steps:
@@ -50,23 +59,25 @@ def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanSta
 
 
 def train_step(job: Job, step: Step) -> dict[str, float]:
-    """One optimizer step of every phase, then the moving averages."""
-    index = step.after.step - 1
-    lr = learning_rate(job.config.optimizer, index, job.config.trainer.max_steps)
+    """One optimizer step of every phase that is active in it, then the moving averages of what it moved.
+
+    Metrics of phases after the first carry the phase's name: `discriminator_loss`.
+    """
+    config, index = job.config, step.after.step - 1
     batches = [batch.to(job.mesh.device) for batch in step.batches]
+    choose = getattr(job.objective, "active_phases", None)
     metrics: dict[str, float] = {}
-    for engine in job.engines.values():
-        metrics |= engine.step(batches, lr)
-    for average in job.averages.values():
-        average.update(index)
-    return {**metrics, "lr": lr}
+    for phase in choose(index) if choose else job.engines:
+        lr = learning_rate(config.phase_optimizers.get(phase, config.optimizer), index, config.trainer.max_steps)
+        found = {**job.engines[phase].step(batches, lr), "lr": lr}
+        prefix = "" if phase == next(iter(job.engines)) else f"{phase}_"
+        metrics |= {prefix + name: value for name, value in found.items()}
+        for role in job.objective.phases[phase]:
+            if role in job.averages and not found["skipped"]:
+                job.averages[role].update(index)
+    return metrics
 
 
 def _finish(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         callback.after_training(job, position)
-
-
-def _speed(job: Job, seconds: float, data_wait: float) -> dict[str, float]:
-    samples = job.loader.plan.num_step_samples
-    return {"seconds": seconds, "data_wait": data_wait, "samples_per_second": samples / seconds}

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import torch
 
+from videofm.config.autoencoder import AutoencoderConfig
 from videofm.config.train import TrainConfig
+from videofm.data.buckets import describe_steps
 from videofm.data.loader import StepLoader
 from videofm.errors import Interrupted, VideofmError
 from videofm.parallel.mesh import create_mesh, destroy_mesh
 from videofm.progress import LOG, setup_logging
 from videofm.run_dir import RunDirectory, write_json
-from videofm.train import callbacks, state
-from videofm.train.build import Job, build_job, build_models, build_objective, pick_device, trained_roles
+from videofm.train import callbacks, state, watch
+from videofm.train.build import Job, build_job, build_models, build_objective, fate, pick_device, trained_roles
 from videofm.train.trainer import Callback, fit
 
 
@@ -41,6 +43,7 @@ def train(config: TrainConfig, run: RunDirectory, attempt: int) -> None:
         objective = build_objective(config)
         loader = StepLoader(config.data, config.seed, mesh.data_rank, mesh.data_degree)
         models = build_models(config)
+        state.save_bases(run, models, mesh)
         folder = state.resume_folder(run)
         if folder is not None:
             state.load_weights(folder, models, trained_roles(objective))
@@ -61,7 +64,7 @@ def share_cores(num_threads: int | None, device: torch.device) -> None:
 
 
 def _callbacks(job: Job, step: int, attempt: int) -> list[Callback]:
-    trainer = job.config.trainer
+    trainer, watched = job.config.trainer, watching(job)
     main: list[Callback] = []
     if job.mesh.is_main:
         main.append(callbacks.Metrics(job.run, step, trainer.max_steps, trainer.log_every, attempt))
@@ -69,7 +72,20 @@ def _callbacks(job: Job, step: int, attempt: int) -> list[Callback]:
             main.append(callbacks.Wandb(job))
     finish = getattr(job.objective, "after_training", None)
     last: list[Callback] = [callbacks.Checkpoints()]
-    return [*main, callbacks.AfterTraining(finish), *last] if finish else [*main, *last]
+    if isinstance(objective := job.config.objective, AutoencoderConfig):
+        last = [callbacks.Diagnostics(objective.diagnostics_every, objective.num_statistics_clips), *last]
+    # What is watched comes first: the held-out loss is one of the metrics.
+    return [*watched, *main, *([callbacks.AfterTraining(finish)] if finish else []), *last]
+
+
+def watching(job: Job) -> list[Callback]:
+    """What looks at the model while it trains, as configured."""
+    found: list[Callback] = []
+    if (samples := job.config.samples) is not None:
+        found.append(watch.Samples(samples))
+    if (held_out := job.config.held_out) is not None:
+        found.append(watch.HeldOut(held_out, job))
+    return found
 
 
 def _describe(job: Job, folder: Path | None) -> None:
@@ -77,9 +93,12 @@ def _describe(job: Job, folder: Path | None) -> None:
         return
     for role, model in job.models.items():
         count = sum(parameter.numel() for parameter in model.parameters())
-        fate = "trained" if role in job.trained_roles else "frozen"
-        LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", fate)
-    LOG.info("%d clips, %d a step", len(job.loader.plan.records), job.loader.plan.num_step_samples)
+        trained = fate(model, role in job.trained_roles)
+        LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", trained)
+    plan = job.loader.plan
+    LOG.info("%d clips; steps of %s", len(plan.records), describe_steps(job.config.data))
+    for reason, number in plan.left_out.most_common():
+        LOG.warning("in no bucket: %d clips (%s)", number, reason)
     LOG.info("resuming from %s" if folder else "a new run", *([folder.name] if folder else []))
 
 

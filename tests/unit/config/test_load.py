@@ -15,7 +15,7 @@ TRAIN = """\
 kind: train
 models:
   vae: {name: vae/ltx}
-objective: {kind: autoencoder, kl_weight: 2e-4}
+objective: {kind: autoencoder, kl: {weight: 2e-4}}
 data: {manifest: shards, num_frames: 9, height: 32, width: 32, micro_batch_size: 4}
 optimizer:
   lr: 3e-4
@@ -38,7 +38,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
 
 def test_values_are_yaml_1_2(write) -> None:  # type: ignore[no-untyped-def]
     config = load(write(TRAIN), schema=TrainConfig)
-    assert config.objective.kl_weight == 2e-4  # PyYAML reads `2e-4` as text
+    assert config.objective.kl.weight == 2e-4  # PyYAML reads `2e-4` as text
     assert config.optimizer.lr == 3e-4
     assert config.parallel.data_degree == 1
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from videofm import models
 from videofm.config.train import AutoencoderConfig
 from videofm.errors import DataError
-from videofm.objectives.autoencoder import AutoencoderObjective, measure_latent_statistics
+from videofm.objectives.autoencoder import AutoencoderObjective
+from videofm.objectives.latent_statistics import measure_latent_statistics
 from videofm.parallel.rng import KeyedRng
 from videofm.types import Batch, Posterior
 
@@ -31,6 +32,8 @@ def make_batch(size: int = 2, frames: int = 5, pixels: int = 16, seed: int = 0) 
 class OffsetVae(nn.Module):
     """Reconstructs the clip plus `offset`; its posterior has mean 1 and log-variance 0 everywhere."""
 
+    timestep_conditioning = False
+
     def __init__(self, offset: float) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.tensor(offset))
@@ -39,7 +42,7 @@ class OffsetVae(nn.Module):
         self.video = video
         return Posterior(torch.ones_like(video), torch.zeros_like(video))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, sigma: Tensor | None, generator: torch.Generator) -> Tensor:
         self.latents = latents
         return self.video + self.offset
 
@@ -51,12 +54,12 @@ def test_loss_and_metrics_of_a_constant_error() -> None:
     """
     batch = make_batch()
     rng = KeyedRng(0, 0, batch.sample_ids)
-    loss = AutoencoderObjective(config(kl_weight=0.01)).loss({"vae": OffsetVae(0.1)}, batch, rng, "train")
-    expected = {"loss": 2 * (0.1 + 0.01 * 0.5), "reconstruction": 0.2, "mse": 0.02, "kl": 1.0, "psnr": 2 * 26.0206}
+    loss = AutoencoderObjective(config(kl={"weight": 0.01})).loss({"vae": OffsetVae(0.1)}, batch, rng, "generator")
+    expected = {"loss": 2 * (0.1 + 0.01 * 0.5), "l1": 0.2, "mse": 0.02, "kl": 1.0, "psnr": 2 * 26.0206, "logvar_at_bounds": 0}
     assert {name: value.item() for name, value in loss.metrics.items()} == pytest.approx(expected, rel=1e-4)
     assert loss.total.item() == pytest.approx(expected["loss"], rel=1e-4)
-    squared = AutoencoderObjective(config(reconstruction="mse", kl_weight=0.0))
-    assert squared.loss({"vae": OffsetVae(0.1)}, batch, rng, "train").total.item() == pytest.approx(0.02, rel=1e-4)
+    squared = AutoencoderObjective(config(l1={"weight": 0}, mse={"weight": 1}, kl={"weight": 0}))
+    assert squared.loss({"vae": OffsetVae(0.1)}, batch, rng, "generator").total.item() == pytest.approx(0.02, rel=1e-4)
 
 
 def test_psnr_of_gaussian_noise() -> None:
@@ -64,27 +67,27 @@ def test_psnr_of_gaussian_noise() -> None:
     batch = make_batch(1, frames=9, pixels=64)
     vae = OffsetVae(0.0)
     noise = 0.2 * torch.randn(batch.video.shape, generator=torch.Generator().manual_seed(1))
-    vae.decode = lambda latents: batch.video + noise  # type: ignore[method-assign]
-    loss = AutoencoderObjective(config()).loss({"vae": vae}, batch, KeyedRng(0, 0, batch.sample_ids), "train")
+    vae.decode = lambda *_: batch.video + noise  # type: ignore[method-assign]
+    loss = AutoencoderObjective(config()).loss({"vae": vae}, batch, KeyedRng(0, 0, batch.sample_ids), "generator")
     assert loss.metrics["psnr"].item() == pytest.approx(10 * math.log10(4 / 0.04), abs=0.05)
 
 
 def test_decodes_a_sample_of_the_posterior_with_the_keyed_draw() -> None:
     batch, vae = make_batch(), OffsetVae(0.0)
     rng = KeyedRng(0, 0, batch.sample_ids)
-    AutoencoderObjective(config()).loss({"vae": vae}, batch, rng, "train")
+    AutoencoderObjective(config()).loss({"vae": vae}, batch, rng, "generator")
     torch.testing.assert_close(vae.latents, 1 + rng.normal("posterior", tuple(batch.video.shape[1:])))
 
 
 def test_sums_do_not_depend_on_how_a_batch_is_cut() -> None:
     torch.manual_seed(0)
     vae, batch, objective = models.build("vae/ltx", "tiny"), make_batch(3), AutoencoderObjective(config())
-    whole = objective.loss({"vae": vae}, batch, KeyedRng(0, 0, batch.sample_ids), "train")
+    whole = objective.loss({"vae": vae}, batch, KeyedRng(0, 0, batch.sample_ids), "generator")
     parts = []
     for index in range(3):
         ids = batch.sample_ids[index : index + 1]
         piece = Batch(batch.video[index : index + 1], [""], batch.fps[index : index + 1], ids, 0, 3)
-        parts.append(objective.loss({"vae": vae}, piece, KeyedRng(0, 0, ids), "train"))
+        parts.append(objective.loss({"vae": vae}, piece, KeyedRng(0, 0, ids), "generator"))
     for name, value in whole.metrics.items():
         assert sum(part.metrics[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-5)
 

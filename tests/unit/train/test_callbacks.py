@@ -26,6 +26,14 @@ def test_rows_are_on_disk_before_the_checkpoint_of_their_step(tmp_path: Path) ->
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
 
 
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    """JSON has no infinity: the norm of a skipped step must not make the row unreadable to others."""
+    run = RunDirectory(tmp_path)
+    metrics = Metrics(run, step=0, max_steps=2, log_every=1, attempt=1)
+    metrics.after_step(a_job(1), PlanState(step=1), {"loss": 0.5, "grad_norm": float("inf")})
+    assert '"loss": 0.5, "grad_norm": null}' in run.metrics_path.read_text()
+
+
 def test_rows_behind_the_restored_step_are_set_aside(tmp_path: Path) -> None:
     """Rows of steps that are done again move to the attempt's folder, and a row that a kill cut short goes."""
     run = RunDirectory(tmp_path)
