@@ -161,6 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _stage(arguments: argparse.Namespace) -> int:
     from videofm.lineage import outside_inputs
     from videofm.recipe import check_stage
+    from videofm.report.reconstruction import as_text
     from videofm.run_dir import RunDirectory, fingerprint
     from videofm.stages.execute import execute
 
@@ -189,6 +190,34 @@ def _stage(arguments: argparse.Namespace) -> int:
         return 0
     results = execute(config, path, inputs)
     print(json.dumps({"run": str(path), "results": results}, indent=2, sort_keys=True, default=str))
+    if arguments.verb == "evaluate" and (table := as_text(results["metrics"])):
+        # To stderr, for people: what reads the JSON on stdout does not see it.
+        print(f"\n{table}", file=sys.stderr)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    """`_stage`, with what the short options say put behind the overrides."""
+    prefix = f"stages.{arguments.stage}." if arguments.stage is not None else ""
+    said = {field: getattr(arguments, name) for name, field in SAMPLE_OPTIONS.items() if getattr(arguments, name) is not None}
+    if arguments.prompt:
+        said |= {"prompts": arguments.prompt, "prompts_file": None}
+    if arguments.prompts_file is not None:
+        said |= {"prompts": [], "prompts_file": arguments.prompts_file}
+    if arguments.image:
+        one = len(arguments.image) == 1
+        said |= {"image": arguments.image[0] if one else None, "images": [] if one else arguments.image}
+    arguments.overrides += [f"{prefix}{field}={json.dumps(value)}" for field, value in said.items()]
+    return _stage(arguments)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    """`videofm data buckets`: what a train config's buckets make of its clips."""
+    from videofm.data.bucket_report import report_of
+
+    arguments.verb = "train"  # whose config it reads
+    config = _stage_of_recipe(arguments)[0].config if arguments.stage is not None else _stage_config(arguments)[0]
+    print(report_of(config.data, config.seed))
     return 0
 
 
@@ -230,7 +259,7 @@ def _stage_of_recipe(arguments: argparse.Namespace) -> tuple[PlannedStage, list[
     stage = chain.stage(arguments.stage)
     if stage.config.kind != arguments.verb:
         raise ConfigError(f"stage {stage.name!r} is of kind {stage.config.kind!r}: `videofm {stage.config.kind}` runs it")
-    return stage, [name for name in stage.inputs if chain.stage(name).state != "done"]
+    return stage, [other.name for other in chain.stages if other.name in stage.inputs and other.state != "done"]
 
 
 def _stage_config(arguments: argparse.Namespace) -> tuple[Any, Path]:
@@ -271,7 +300,7 @@ def _defaults_from(path: Path, verb: str) -> dict[str, Any]:
     for folder in (curated, RunDirectory(curated.path.parent)):
         if folder.fingerprint is not None:
             rates = [stage["fps"] for stage in folder.config.get("stages", []) if "fps" in stage]
-            return found | {"fps": float(rates[-1])} if rates else found
+            return found | {"fps": float(rates[-1]) / min(data.get("frame_strides", [1]))} if rates else found
     return found
 
 
@@ -294,6 +323,43 @@ def _stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="run directory; default runs/CONFIG (without .yaml)")
     parser.add_argument("--stage", metavar="NAME", help="CONFIG is a recipe: run this stage of it, in the recipe's directory")
     parser.add_argument("--dry-run", action="store_true", help="check and build everything, run nothing")
+
+
+SAMPLE_OPTIONS = {
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "fps": "fps",
+    "steps": "num_steps",
+    "guidance": "guidance_scale",
+    "seed": "seed",
+    "fit": "fit",
+}
+"""Short options of `videofm sample` and the fields that they set."""
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    _stage_arguments(parser)
+    short = parser.add_argument_group("short for key=value")
+    short.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; repeat it for more videos")
+    short.add_argument("--prompts-file", metavar="FILE", help="text file with one caption a line")
+    short.add_argument("--image", action="append", metavar="FILE", help="first frame of all videos; repeat it: one a prompt")
+    short.add_argument("--fit", choices=["crop", "pad"], help="what to do with an image of another shape than the video")
+    short.add_argument("--frames", type=int, metavar="N", help="frames of a video")
+    short.add_argument("--height", type=int, metavar="PIXELS", help="height")
+    short.add_argument("--width", type=int, metavar="PIXELS", help="width")
+    short.add_argument("--fps", type=float, metavar="N", help="frames a second")
+    short.add_argument("--steps", type=int, metavar="N", help="steps from noise to data")
+    short.add_argument("--guidance", type=float, metavar="SCALE", help="classifier-free guidance; 1 is off")
+    short.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("view", choices=["buckets"], help="what to look at")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of a train stage")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    parser.add_argument("--stage", metavar="NAME", help="CONFIG is a recipe: look at the data of this stage of it")
+    parser.set_defaults(run_dir=None)
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -343,6 +409,20 @@ VERBS = {
         "never stops the job.",
         "videofm curate configs/real_clips.yaml --stage curate source=/data/videos",
     ),
+    "data": Verb(
+        "what a training run will read, before it runs",
+        _about(
+            "`videofm data buckets` plays the order of samples of a train config with data.buckets through, without decoding:\n"
+            "which clips fall into which size and which nowhere and why, tokens, micro-batches, shares of steps, how much\n"
+            "step times differ, and how long ranks wait for each other.",
+            "videofm data buckets train.yaml\n"
+            "videofm data buckets train.yaml data.buckets.budget=8192 data.micro_batch_size=4\n"
+            "videofm data buckets recipe.yaml --stage dit",
+            OVERRIDES,
+        ),
+        _data_arguments,
+        _data,
+    ),
     "train": _stage_verb(
         "train",
         "train a model on shards",
@@ -352,17 +432,29 @@ VERBS = {
         "videofm train configs/debug/vae_ltx.yaml trainer.max_steps=500 parallel.data_degree=2\n"
         "videofm train configs/quickstart.yaml --stage dit",
     ),
-    "sample": _stage_verb(
+    "sample": Verb(
+        "videos from prompts and images",
+        _about(
+            "Generate videos from captions with a trained run, a checkpoint or an exported folder: MP4 files and a contact\n"
+            "sheet. An image can be the first frame; images and clips at other frames stand under `conditions`.",
+            "videofm sample runs/quickstart/stages/dit --prompt 'a red circle moving left' --fps 25\n"
+            "videofm sample runs/quickstart/stages/dit --prompt 'a red circle' --image first.png --fit crop --seed 3\n"
+            "videofm sample models/ltx --prompts-file prompts.txt --frames 121 --height 512 --width 768 --fps 24\n"
+            "videofm sample models/ltx --prompt 'a beach' --frames 481 'window={num_frames: 121, overlap_frames: 25}' ...\n"
+            "videofm sample configs/quickstart.yaml --stage sample",
+            OVERRIDES,
+            STOPPING,
+        ),
+        _sample_arguments,
+        _sample,
         "sample",
-        "videos from prompts",
-        "Generate videos from captions with a trained run, a checkpoint or an exported folder: MP4 files and a contact sheet.",
-        "videofm sample runs/quickstart/stages/dit 'prompts=[a red circle moving left]' fps=25\n"
-        "videofm sample configs/quickstart.yaml --stage sample",
     ),
     "evaluate": _stage_verb(
         "evaluate",
         "measure models and generated videos",
-        "Reconstruction PSNR and SSIM, held-out flow loss, caption following; writes evaluation.json into its run directory.",
+        "Of a VAE: PSNR, SSIM, LPIPS and rFVD, its latents and their statistics, whether an image VAE decodes them. Of a DiT:\n"
+        "held-out flow loss. Of videos: caption following. Writes evaluation.json and sheets into its run directory; a table\n"
+        "of reconstructions comes last (on stderr: stdout is JSON).",
         "videofm evaluate configs/quickstart.yaml --stage evaluate",
     ),
     "export": _stage_verb(

@@ -16,8 +16,12 @@ from pydantic import BaseModel
 
 from videofm.files import sha256_of
 
-_READING = {"source", "prompts_file", "manifest", "path", "run", "samples"}
-"""Names of the fields that hold a path to read."""
+_READING = {
+    *("source", "prompts_file", "manifest", "path", "run", "samples", "inflate_from", "init_from", "image_vae"),
+    *("weights", "lpips_weights", "i3d_weights"),
+    *("image", "images", "video"),
+}
+"""Names of the fields that hold a path to read, or a list of them."""
 
 
 def outside_inputs(config: BaseModel, inside: Path | None = None) -> dict[str, str]:
@@ -64,7 +68,10 @@ def _paths(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
         return
     for name, item in items:
         dotted = f"{field}.{name}" if field else name
-        if isinstance(item, str) and name in _READING and isinstance(value, BaseModel):
+        reading = name in _READING and isinstance(value, BaseModel)
+        if isinstance(item, str) and reading:
             yield dotted, item
+        elif reading and isinstance(item, list):
+            yield from ((f"{dotted}.{index}", path) for index, path in enumerate(item))
         else:
             yield from _paths(item, dotted)

@@ -101,7 +101,24 @@ def comparison_sheet(
         counts = f"{len(originals)} originals, {len(reconstructions)} reconstructions, {len(captions)} captions"
         raise DataError(f"a comparison sheet needs as many of each, at least one: got {counts}.")
     pairs = [[above, below] for above, below in zip(originals, reconstructions, strict=True)]
-    _sheet(pairs, captions, Path(path), frames_per_video, columns)
+    stacked_sheet(pairs, captions, path, frames_per_video, columns)
+
+
+def stacked_sheet(
+    stacks: Sequence[Sequence[Frames]],
+    captions: Sequence[str],
+    path: str | Path,
+    frames_per_video: int = 5,
+    columns: int = 2,
+) -> None:
+    """A PNG like `contact_sheet` with a strip for each video of a stack, one above the other.
+
+    Raises:
+        DataError: no stacks, or as many captions as stacks are not given.
+    """
+    if not stacks or len(stacks) != len(captions):
+        raise DataError(f"a sheet needs stacks of videos and a caption for each: got {len(stacks)} and {len(captions)}.")
+    _sheet(stacks, captions, Path(path), frames_per_video, columns)
 
 
 def _sheet(rows: Sequence[Sequence[Frames]], captions: Sequence[str], path: Path, num_frames: int, columns: int) -> None:

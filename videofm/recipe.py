@@ -226,7 +226,7 @@ def dry_run(recipe: RecipeConfig, force: str | None = None) -> str:
 
 
 def _absent(stage: PlannedStage, chain: Plan) -> list[str]:
-    return [name for name in stage.inputs if chain.stage(name).state != "done"]
+    return [other.name for other in chain.stages if other.name in stage.inputs and other.state != "done"]
 
 
 def check_stage(config: Any, absent: list[str] | None = None) -> str:

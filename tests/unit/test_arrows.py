@@ -40,6 +40,9 @@ OPTIONAL_WRAPPERS = {
     "videofm/data/decoders/torchcodec.py": "torchcodec",
     "videofm/data/decoders/pyav.py": "av",
     "videofm/data/decoders/decord.py": "decord",
+    "videofm/models/vae/image_kl/model.py": "diffusers",
+    "videofm/models/lora.py": "peft",
+    "videofm/models/text/step_video.py": "sentencepiece",
     "data_pipelines/metrics.py": "rich, so that workers do not load it",
 }
 """Files that wrap a dependency which may be absent or dear, with the dependency."""
@@ -54,11 +57,13 @@ def package(module: str) -> str:
 
 
 def family(module: str) -> str:
-    """`videofm.models.vae.ltx.model` -> `vae.ltx`; a file that lies in models/ itself belongs to none."""
+    """`videofm.models.vae.ltx.model` -> `vae.ltx`; a file in models/ itself or in models/vae/ belongs to none."""
     parts = module.split(".")[2:]
     if not parts or (ROOT / "videofm" / "models" / f"{parts[0]}.py").exists():
         return ""
-    return ".".join(parts[:2]) if parts[0] in ("vae", "dit") else parts[0]
+    if parts[0] not in ("vae", "dit"):
+        return parts[0]
+    return "" if (ROOT / "videofm" / "models" / f"{'/'.join(parts[:2])}.py").exists() else ".".join(parts[:2])
 
 
 def wrong_arrow(file: SourceFile, target: str) -> str | None:

@@ -139,6 +139,30 @@ def test_a_training_run_tells_the_sampler_its_sizes(folder: Path, capsys: pytest
         _stage_config(Namespace(verb="sample", config="dit", overrides=[]))
 
 
+def test_short_options_of_sample_are_overrides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They win over key=value, several prompts and images become lists, and in a recipe they mean the stage."""
+    seen: list[list[str]] = []
+
+    def record(arguments: Namespace) -> int:
+        seen.append(arguments.overrides)
+        return 0
+
+    monkeypatch.setattr("videofm.cli._stage", record)
+    short = ["--prompt", "a: 'cat'", "--prompt", "b", "--image", "1.png", "--image", "2.png", "--frames", "9", "--seed", "3"]
+    assert main(["sample", "dit", "fps=12", "--fit", "crop", "num_frames=5", *short]) == 0
+    assert main(["sample", "recipe.yaml", "--stage", "sample", "--prompts-file", "p.txt", "--guidance", "1.5"]) == 0
+    assert seen[1] == [
+        "stages.sample.guidance_scale=1.5",
+        "stages.sample.prompts=[]",
+        'stages.sample.prompts_file="p.txt"',
+    ]
+    (folder / "dit").mkdir()
+    size = ["height=32", "width=32"]
+    config, _ = _stage_config(Namespace(verb="sample", config="dit", overrides=[*seen[0], *size]))
+    assert (config.prompts, config.images, config.image) == (["a: 'cat'", "b"], ["1.png", "2.png"], None)
+    assert (config.num_frames, config.fps, config.seed, config.fit) == (9, 12, 3, "crop")
+
+
 def test_an_export_lies_in_the_run_by_default(folder: Path) -> None:
     (folder / "dit").mkdir()
     config, _ = _stage_config(Namespace(verb="export", config="dit", overrides=[]))

@@ -39,10 +39,3 @@ def test_file_is_a_valid_config(path: Path, tmp_path: Path) -> None:
     for stage in stages:
         if stage.kind == "train":
             assert "parameters, trained" in dry_run(stage)
-
-
-@pytest.mark.parametrize(("name", "stage"), [("vae_ltx", "vae"), ("dit_ltx", "dit")])
-def test_the_debug_chain_runs_the_debug_configs(name: str, stage: str) -> None:
-    """tests/integration runs the chain; that it thereby runs the single files too holds because they say the same."""
-    chain = plan(load(ROOT / "configs/debug/chain.yaml", [], RecipeConfig))
-    assert load(ROOT / f"configs/debug/{name}.yaml", [], schema_of("train")) == chain.stage(stage).config

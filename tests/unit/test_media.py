@@ -59,6 +59,15 @@ def test_comparison_sheet_has_both(tmp_path: Path) -> None:
     assert (sheet == 0).all(axis=2).sum() == (sheet == 255).all(axis=2).sum() == 3 * 2 * 192 * 115
 
 
+def test_a_stack_has_any_number_of_strips(tmp_path: Path) -> None:
+    """Three strips of two frames of 16x16 pixels, each pixel drawn as 6x6."""
+    red, green, blue = (np.full((2, 16, 16, 3), np.eye(3, dtype=np.uint8)[channel] * 255) for channel in range(3))
+    media.stacked_sheet([[red, green, blue]], ["a"], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for colour in (red, green, blue):
+        assert (sheet == colour[0, 0, 0]).all(axis=2).sum() == 2 * 96 * 96
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"uint8 frames \(T, H, W, 3\), not float64"):
         media.write_video(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3)), 25)
@@ -71,5 +80,7 @@ def test_refusals(tmp_path: Path) -> None:
         media.read_video(tmp_path / "text.mp4")
     with pytest.raises(DataError, match="needs videos and a caption for each: got 0 and 0"):
         media.contact_sheet([], [], tmp_path / "s.png")
+    with pytest.raises(DataError, match="needs stacks of videos and a caption for each: got 1 and 0"):
+        media.stacked_sheet([[smooth()]], [], tmp_path / "s.png")
     with pytest.raises(DataError, match="got 1 originals, 0 reconstructions, 1 captions"):
         media.comparison_sheet([smooth()], [], ["a"], tmp_path / "s.png")

@@ -47,6 +47,7 @@ class Stage:
     environment: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
     funnel: list[dict[str, Any]] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
@@ -103,6 +104,7 @@ def read_stage(name: str, path: Path, planned: dict[str, Any]) -> Stage:
     stage.num_attempts = len(list((path / "attempts").glob("[0-9]*")))
     _read_outcome(stage, _tolerant(stage, lambda: run.outcome, None))
     stage.metrics = _tolerant(stage, run.metrics, [])
+    stage.held_out = _tolerant(stage, lambda: list(read_jsonl(path / "held_out.jsonl")), [])
     funnel = _tolerant(stage, lambda: _first_json(path, "funnel.json"), None) or {}
     stage.funnel = [step for step in funnel.get("funnel", []) if step.keys() >= FUNNEL_COUNTS]
     stage.quarantine = _tolerant(stage, lambda: list(read_jsonl(path / "quarantine.jsonl")), [])

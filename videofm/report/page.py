@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -14,6 +15,7 @@ from videofm import __version__
 from videofm.progress import duration
 from videofm.report.charts import Series, figure, number
 from videofm.report.collect import Run, Stage, collect
+from videofm.report.reconstruction import COLUMNS, FIELDS, NUMERIC, table_cells
 from videofm.report.style import CSS
 from videofm.run_dir import now
 
@@ -22,6 +24,7 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 CURVES = {
     "loss": "what is minimised",
+    "held_out_loss": "at fixed noise levels",
     "psnr": "dB, training clips",
     "reconstruction": "pixel loss",
     "kl": "nats a latent element",
@@ -29,9 +32,35 @@ CURVES = {
     "grad_norm": "before clipping",
     "lr": "learning rate",
     "samples_per_second": "clips a second",
+    "tokens_per_second": "latent tokens a second",
+    "mfu": "share of the device's peak",
+    "peak_memory": "GiB",
 }
+EVALUATION_CURVES = {
+    "per_frame.psnr": ("dB, mean over clips", "frame"),
+    "per_frame.ssim": ("mean over clips", "frame"),
+    "per_frame.lpips": ("mean over clips", "frame"),
+    "per_frame.psnr_image_vae": ("dB, mean over clips", "latent frame"),
+    "per_frame.psnr_video_latents": ("dB, mean over clips", "latent frame"),
+    "mean_difference": ("video minus image latents", "channel"),
+    "std_difference": ("video minus image latents", "channel"),
+    "kl": ("nats a position", "channel"),
+    "mean": ("of latents", "channel"),
+    "std": ("of latents", "channel"),
+    "frame_std": ("relative to that of all frames", "latent frame"),
+}
+"""Lists in evaluation.json that are drawn: key -> what it is, and what is counted along it."""
+SPEED = {
+    "tokens_per_second": "latent tokens a second",
+    "tflops": "TFLOP/s a device",
+    "mfu": "MFU",
+    "peak_memory": "GiB of memory",
+    "slowest_rank": "slowest rank over the mean",
+}
+"""Columns of the throughput table besides the first, medians: metric -> what it is."""
+NOT_NUMBERS = ("kind", "of", "sheet", "alarms")
 QUARANTINE_LIMIT = 50
-NOT_CURVES = ("step", "attempt", "time", "seconds", "data_wait", "sigma", "epoch")
+NOT_CURVES = ("step", "attempt", "time", "seconds", "data_wait", "data_wait_share", "tflops", "skipped", "sigma", "epoch")
 
 
 def build(path: Path, writing: Path | None = None) -> str:
@@ -71,11 +100,11 @@ def _cards(run: Run) -> str:
         if stage.funnel:
             cards.append((str(stage.funnel[-1]["num_made"]), "clips kept"))
         for metric in stage.evaluation:
-            if metric.get("kind") == "reconstruction" and "psnr" in metric:
-                cards.append((f"{metric['psnr']:.1f} dB", "reconstruction PSNR"))
-            elif metric.get("kind") == "held_out_loss" and "loss" in metric:
+            if metric.get("kind") == "reconstruction" and _is_number(metric.get("psnr")):
+                cards.append((f"{metric['psnr']:.1f} dB", f"reconstruction PSNR, {Path(metric.get('of', '')).name}"))
+            elif metric.get("kind") == "held_out_loss" and _is_number(metric.get("loss")):
                 cards.append((number(metric["loss"]), "held-out loss"))
-            elif metric.get("kind") == "caption_following" and "both" in metric:
+            elif metric.get("kind") == "caption_following" and _is_number(metric.get("both")):
                 cards.append((f"{100 * metric['both']:.0f} %", f"captions followed ({Path(str(metric.get('of', ''))).name})"))
     content = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in cards)
     return f'<div class="cards">{content}</div>' if cards else ""
@@ -125,7 +154,8 @@ def _stage(stage: Stage) -> str:
     if stage.state == "failed":
         parts.append(f'<p class="note">{escape(stage.message)}</p>')
     parts += [f'<p class="note">could not be read: {escape(problem)}</p>' for problem in stage.problems]
-    parts += [_funnel(stage), _curves(stage.metrics), _throughput(stage.metrics), _evaluation(stage.evaluation)]
+    parts += [_funnel(stage), _curves(stage.metrics), _throughput(stage.metrics)]
+    parts += [_held_out(stage.held_out), _evaluation(stage.evaluation)]
     parts += [_image(image, stage.path) for image in stage.images]
     if stage.videos:
         parts.append(f'<h3>videos</h3><div class="videos">{"".join(_video(*video) for video in stage.videos)}</div>')
@@ -173,7 +203,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     for name in names:
         points = [(float(row["step"]), float(row[name])) for row in rows if "step" in row and _is_number(row.get(name))]
         values = tuple(y for _, y in points)
-        if values and values not in seen:
+        if values and values not in seen and (name in CURVES or len(set(values)) > 1):
             seen.add(values)
             charts.append(figure(Series(name, [x for x, _ in points], values), CURVES.get(name, "")))
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
@@ -183,7 +213,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
     """Speed of the training loop: medians over its steps."""
     columns = {
         name: [float(row[name]) for row in rows if _is_number(row.get(name))]
-        for name in ("samples_per_second", "seconds", "data_wait")
+        for name in ("samples_per_second", "seconds", "data_wait", *SPEED)
     }
     if not columns["samples_per_second"]:
         return ""
@@ -195,18 +225,50 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
             ("in steps", duration(total)),
         ]
         facts += [("waiting for data", f"{100 * sum(columns['data_wait']) / total:.1f} %")] if columns["data_wait"] else []
+    facts += [(text, number(statistics.median(columns[name]))) for name, text in SPEED.items() if columns[name]]
     return "<h3>throughput</h3>" + _table([name for name, _ in facts], [[escape(value) for _, value in facts]])
 
 
+def _held_out(rows: list[dict[str, Any]]) -> str:
+    """The held-out loss of each measured step, by noise level."""
+    rows = [row for row in rows if isinstance(row.get("loss_at_sigma"), dict)]
+    if not rows:
+        return ""
+    sigmas = list(dict.fromkeys(sigma for row in rows for sigma in row["loss_at_sigma"]))
+    cells = [
+        [escape(_say(value)) for value in (row.get("step"), row.get("loss"), *map(row["loss_at_sigma"].get, sigmas))]
+        for row in rows
+    ]
+    head = ["step", "mean", *(f"sigma {sigma}" for sigma in sigmas)]
+    return "<h3>held-out loss</h3>" + _table(head, cells, numeric=range(len(head)))
+
+
 def _evaluation(metrics: list[dict[str, Any]]) -> str:
+    """Reconstructions side by side, then the numbers of each measure, then what is a number a frame or a channel as a chart."""
     if not metrics:
         return ""
-    rows = []
+    rows, charts = [], []
     for metric in metrics:
-        leaves = [(key, value) for key, value in _leaves(metric) if key not in ("kind", "of", "sheet")]
-        numbers = "".join(f"<div>{escape(key)} <b>{escape(_say(value))}</b></div>" for key, value in leaves)
-        rows.append([escape(str(metric.get("kind", "?"))), f"<code>{escape(str(metric.get('of', '')))}</code>", numbers])
-    return _table(["measure", "of", "numbers"], rows)
+        leaves, of = dict(_leaves(metric)), str(metric.get("of", ""))
+        hidden = (*NOT_NUMBERS, *FIELDS) if metric.get("kind") == "reconstruction" else NOT_NUMBERS
+        told = [(key, value) for key, value in leaves.items() if key not in hidden and not isinstance(value, list)]
+        numbers = "".join(f"<div>{escape(key)} <b>{escape(_say(value))}</b></div>" for key, value in told)
+        alarms = leaves["alarms"] if isinstance(leaves.get("alarms"), list) else []
+        notes = "".join(f'<p class="note">{escape(str(alarm))}</p>' for alarm in alarms)
+        rows.append([escape(str(metric.get("kind", "?"))), f"<code>{escape(of)}</code>", notes + numbers])
+        charts += [_list_chart(key, leaves[key], of) for key in EVALUATION_CURVES if isinstance(leaves.get(key), list)]
+    cells = [[escape(cell) for cell in row] for row in table_cells(metrics)]
+    parts = ["<h3>reconstruction</h3>" + _table(COLUMNS, cells, numeric=NUMERIC)] if cells else []
+    parts.append("<h3>measures</h3>" + _table(["measure", "of", "numbers"], rows))
+    parts += [f'<h3>by frame and by channel</h3><div class="charts">{"".join(charts)}</div>'] if any(charts) else []
+    return "".join(parts)
+
+
+def _list_chart(key: str, values: list[Any], of: str) -> str:
+    unit, x_name = EVALUATION_CURVES[key]
+    about = f"{unit}, {Path(of).name}" if unit else Path(of).name
+    numbers = [float(value) if _is_number(value) else math.nan for value in values]
+    return figure(Series(key.rpartition(".")[2], range(len(numbers)), numbers), about, x_name)
 
 
 def _image(path: Path, root: Path) -> str:

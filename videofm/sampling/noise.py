@@ -15,9 +15,29 @@ from torch import Tensor
 
 def video_seed(seed: int, index: int) -> int:
     """The generator seed of video `index`, 63 bits. Hashed: torch's CPU generator looks at the low 32 bits only."""
-    return int.from_bytes(hashlib.blake2b(f"video:{seed}:{index}".encode(), digest_size=8).digest(), "big") >> 1
+    return _hashed(f"video:{seed}:{index}")
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Tensor:
-    """Unit Gaussian `(B, C, T, H, W)` float32 on the CPU, row i from `seeds[i]`; `shape` is (C, T, H, W) in latent cells."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def derived_seed(seed: int, name: str) -> int:
+    """Another generator seed of the video with generator seed `seed`, for the draw called `name`."""
+    return _hashed(f"{name}:{seed}")
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], draw: int = 0) -> Tensor:
+    """Unit Gaussian `(B, C, T, H, W)` float32 on the CPU, row i from `seeds[i]`; `shape` is (C, T, H, W) in latent cells.
+
+    `draw` counts draws of that shape from the same generator: 0 is the noise that a video starts from, 1 what
+    `LTXPipeline` adds before it decodes.
+    """
+    return torch.stack([_draws(seed, shape, draw) for seed in seeds])
+
+
+def _draws(seed: int, shape: tuple[int, int, int, int], draw: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(draw):
+        torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator)
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from videofm.errors import CheckpointError, ConfigError
-from videofm.ops.patchify import latents_from_tokens, tokens_from_latents
-from videofm.ops.rope import video_coordinates
+from videofm.errors import CheckpointError, ConfigError, DataError
+from videofm.ops.patchify import latents_from_tokens
+from videofm.progress import LOG
 from videofm.registry import resolve
 from videofm.run_dir import read_json
-from videofm.sampling.guidance import guided_velocity
-from videofm.sampling.noise import initial_noise, video_seed
-from videofm.sampling.schedule import Schedule
-from videofm.sampling.solvers import euler
+from videofm.sampling.conditioning import (
+    AnyCondition,
+    Condition,
+    PixelCondition,
+    content,
+    coordinates_at,
+    located,
+    place,
+    rows,
+)
+from videofm.sampling.guidance import Guidance, guided_velocity
+from videofm.sampling.images import ImageSource, fitted, is_image, read_image
+from videofm.sampling.noise import derived_seed, initial_noise, video_seed
+from videofm.sampling.schedule import Schedule, SigmaSchedule
+from videofm.sampling.settings import SamplingSettings
+from videofm.sampling.solvers import SOLVERS, capped
+from videofm.sampling.windows import in_window, spans
+from videofm.types import Conditioning
 
 _COMPONENTS = {"dit": "transformer", "vae": "vae", "text_encoder": "text_encoder"}
 """Roles of a training run, and what diffusers calls them in an exported folder."""
+_DEFAULT_SCALE = 3.0
 
 
 @dataclass
@@ -32,16 +47,25 @@ class Pipeline:
     dit: nn.Module
     vae: nn.Module
     text_encoder: nn.Module
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: SigmaSchedule = field(default_factory=Schedule)
 
     @classmethod
-    def load(cls, path: str | Path, ema: bool = True, device: str | torch.device | None = None) -> Pipeline:
+    def load(
+        cls,
+        path: str | Path,
+        ema: bool = True,
+        device: str | torch.device | None = None,
+        schedule: SigmaSchedule | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Pipeline:
         """The pipeline of a DiT's training run, of a checkpoint of it, or of an exported folder.
 
         Args:
             path: the run (also that of an `export` stage), checkpoint or folder.
             ema: take the moving average of the weights where the run keeps one.
             device: where the models go; None takes CUDA where there is one.
+            schedule: noise levels; None takes those of the folder's scheduler, and LTX-Video's where it has none.
+            dtype: of the weights; the state between steps is float32 with any.
 
         Raises:
             CheckpointError: `path` is missing, or holds no DiT, VAE and text encoder.
@@ -51,13 +75,15 @@ class Pipeline:
             raise CheckpointError(f"{path} does not exist: give a training run of a DiT, a checkpoint, or an exported folder.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         load = resolve("videofm.models:load")
-        # A path without a DiT is refused by `load`, which lists the roles that are there. Sampling computes in float32.
+        # A path without a DiT is refused by `load`, which lists the roles that are there.
         models = {
-            role: load(path, role=role, component=component, ema=ema, device=device).float()
+            role: load(path, role=role, component=component, ema=ema, device=device).to(dtype)
             for role, component in _COMPONENTS.items()
         }
         scheduler = path / "scheduler" / "scheduler_config.json"
-        return cls(**models, schedule=Schedule.from_public(read_json(scheduler)) if scheduler.exists() else Schedule())
+        if schedule is None and scheduler.exists():
+            schedule = Schedule.from_public(read_json(scheduler))
+        return cls(**models, schedule=schedule or Schedule())
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> Tensor:
         """One video for each prompt, `(B, 3, T, H, W)` float32 in [-1, 1] on the CPU; takes what `stream` takes."""
@@ -67,74 +93,191 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         *,
-        num_frames: int,
-        height: int,
-        width: int,
-        fps: float,
-        seed: int = 0,
-        num_steps: int = 30,
-        guidance_scale: float = 3.0,
+        conditions: Sequence[AnyCondition] = (),
+        guidance_scale: float | None = None,
         batch_size: int = 16,
         first_index: int = 0,
         on_step: Callable[[], None] | None = None,
+        settings: SamplingSettings | None = None,
+        **fields: Any,
     ) -> Iterator[Tensor]:
         """Batches of videos in the order of `prompts`, each `(<= batch_size, 3, T, H, W)` float32 in [-1, 1] on the CPU.
 
         Args:
             prompts: one video each; video i starts from noise drawn with (seed, first_index + i), whatever the batch size.
-            num_frames, height, width: of the videos; must fit the compression of the VAE.
-            fps: frames a second that the model is told.
-            seed: of the noise, see `prompts`.
-            num_steps: Euler steps.
-            guidance_scale: classifier-free guidance against the empty prompt; 1 is off.
+            conditions: parts of the videos that are given.
+            guidance_scale: short for `guidance=Guidance(scale)`.
             batch_size: videos made together.
             first_index: index of the first prompt, to go on where an earlier call stopped.
-            on_step: called after every step of every batch; may raise to stop.
+            on_step: called after every step of every batch and window; may raise to stop.
+            settings: how; None makes them of `guidance_scale` and `fields`.
+            fields: those of `SamplingSettings`; `num_frames`, `height`, `width` and `fps` are needed.
 
         Raises:
-            ConfigError: no prompts, or a size that the VAE cannot make.
+            ConfigError: no prompts, a size that the VAE cannot make, or something given that does not fit.
         """
         if not prompts or batch_size < 1:
             raise ConfigError(f"nothing to sample: {len(prompts)} prompts, batches of {batch_size}; give at least one of each.")
-        cells = self._latent_shape(num_frames, height, width)
-        sigmas = self.schedule.sigmas(num_steps, cells[0] * cells[1] * cells[2])
+        wanted = settings or _settings(guidance_scale, fields)
+        placed = [located(condition, self._num_given(condition), wanted.num_frames, len(prompts)) for condition in conditions]
+        self._check(wanted, placed)
+        if num_cut := self.num_cut_prompts(prompts, wanted.prompt_suffix):
+            LOG.warning("%d of %d prompts are longer than the text encoder takes; their ends are cut", num_cut, len(prompts))
         for start in range(0, len(prompts), batch_size):
-            texts = list(prompts[start : start + batch_size])
-            seeds = [video_seed(seed, first_index + start + offset) for offset in range(len(texts))]
-            noise = initial_noise(seeds, (self.vae.latent_channels, *cells))
+            part = slice(start, start + batch_size)
+            texts = [prompt + wanted.prompt_suffix for prompt in prompts[part]]
+            seeds = [video_seed(wanted.seed, first_index + start + offset) for offset in range(len(texts))]
             with evaluating(self.dit, self.vae, self.text_encoder):
-                videos = self._sample(texts, noise, sigmas, fps, guidance_scale, on_step)
+                videos = self._sample(texts, seeds, [rows(condition, part) for condition in placed], wanted, on_step)
             yield videos
+
+    def num_cut_prompts(self, prompts: Sequence[str], suffix: str = "") -> int:
+        """How many of `prompts`, with `suffix` behind them, have more tokens than the text encoder takes."""
+        lengths = self.text_encoder.num_tokens([prompt + suffix for prompt in prompts])
+        return sum(length > self.text_encoder.config.max_length for length in lengths)
 
     @torch.no_grad()
     def _sample(
-        self, texts: list[str], noise: Tensor, sigmas: Tensor, fps: float, scale: float, on_step: Callable[[], None] | None
+        self,
+        texts: list[str],
+        seeds: list[int],
+        conditions: list[AnyCondition],
+        settings: SamplingSettings,
+        on_step: Callable[[], None] | None,
     ) -> Tensor:
-        device = next(self.dit.parameters()).device
-        positive = self.text_encoder.encode(texts)
-        negative = positive if scale == 1.0 else self.text_encoder.encode([""] * len(texts))
-        cells = (noise.shape[2], noise.shape[3], noise.shape[4])
-        coordinates = video_coordinates(cells, torch.full((len(texts),), fps, device=device), self.vae.compression)
-        velocity = guided_velocity(self.dit, positive, negative, coordinates, scale)
-        tokens = euler(velocity, tokens_from_latents(noise.to(device)), sigmas, on_step)
-        return self.decode(latents_from_tokens(tokens, cells)).float().clamp(-1, 1).cpu()
+        """One batch of videos, window by window."""
+        positive = self._encode_text(texts)
+        negative = self._encode_text([settings.negative_prompt] * len(texts)) if settings.guidance.scale != 1 else positive
+        video: Tensor | None = None
+        for number, (frames, inside) in enumerate(self._windows(settings, conditions)):
+            overlap = 0
+            if video is not None:
+                overlap = video.shape[2] - frames.start
+                inside.insert(0, PixelCondition(video[:, :, -overlap:]))
+            own = [derived_seed(seed, f"window:{number}") for seed in seeds] if number else seeds
+            sized = replace(settings, num_frames=len(frames))
+            made = self._window(positive, negative, own, inside, sized, on_step)
+            video = made if video is None else torch.cat([video, made[:, :, overlap:]], dim=2)
+        assert video is not None
+        return video
+
+    def _window(
+        self,
+        positive: Conditioning,
+        negative: Conditioning,
+        seeds: list[int],
+        conditions: list[AnyCondition],
+        settings: SamplingSettings,
+        on_step: Callable[[], None] | None,
+    ) -> Tensor:
+        """Videos of the length that the model makes at once."""
+        cells = self._latent_shape(settings.num_frames, settings.height, settings.width)
+        num_tokens = cells[0] * cells[1] * cells[2]
+        device, compression = next(self.dit.parameters()).device, self.vae.compression
+        fps = torch.full((len(seeds),), settings.fps, device=device)
+
+        def coordinates_of(num_latent_frames: int, frame: int) -> Tensor:
+            shape = (num_latent_frames, *cells[1:])
+            return coordinates_at(self.dit, shape, fps, compression, settings.causal_fix, frame)
+
+        noise = initial_noise(seeds, (self.vae.latent_channels, *cells)).to(device)
+        start = place(noise, [self._encoded(condition) for condition in conditions], coordinates_of, compression, seeds)
+        sigmas = (settings.schedule or self.schedule).sigmas(settings.num_steps, num_tokens)
+        levels = sigmas if start.ceilings is None else capped(sigmas, start.ceilings)
+        velocity = guided_velocity(self.dit, positive, negative, start.coordinates, settings.guidance)
+        tokens = SOLVERS[settings.solver](velocity, start.tokens, levels, on_step)[:, :num_tokens]
+        return self.decode(latents_from_tokens(tokens, cells), seeds, settings.decode_sigma, settings.noise_scale)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Video of normalised latents; a decoder that takes a noise level is told 0, as `LTXPipeline` does by default."""
-        config = self.vae.config
-        sigma = latents.new_zeros(len(latents)) if getattr(config, "timestep_conditioning", False) else None
-        generator = torch.Generator(latents.device).manual_seed(0) if any(getattr(config, "inject_noise", ())) else None
-        return self.vae.decode(self.vae.denormalize(latents), sigma, generator)
+    def decode(self, latents: Tensor, seeds: Sequence[int], sigma: float = 0.0, noise_scale: float = 0.0) -> Tensor:
+        """Videos `(B, 3, T, H, W)` float32 in [-1, 1] on the CPU, of normalised latents.
+
+        Args:
+            latents: `(B, C, T, H, W)`.
+            seeds: B generator seeds of the videos.
+            sigma: noise level that a decoder is told which takes one; 0 is what `LTXPipeline` does by default.
+            noise_scale: share of unit noise mixed into the raw latents before.
+
+        Raises:
+            ConfigError: `sigma` or `noise_scale` for a decoder that takes no noise level.
+        """
+        self._check_decoder(sigma, noise_scale)
+        raw = self.vae.denormalize(latents)
+        if noise_scale:
+            noise = initial_noise(seeds, (raw.shape[1], raw.shape[2], raw.shape[3], raw.shape[4]), draw=1)
+            raw = (1 - noise_scale) * raw + noise_scale * noise.to(raw)
+        raw = raw.to(next(self.vae.parameters()).dtype)
+        level = raw.new_full((len(raw),), sigma) if self.vae.timestep_conditioning else None
+        if any(getattr(self.vae.config, "inject_noise", ())):
+            # A video at a time: what is injected belongs to the video, not to its place in the batch.
+            videos = [
+                self.vae.decode(one[None], level[:1] if level is not None else None, _generator(seed, raw.device))
+                for one, seed in zip(raw, seeds, strict=True)
+            ]
+            return torch.cat(videos).float().clamp(-1, 1).cpu()
+        return self.vae.decode(raw, level).float().clamp(-1, 1).cpu()
+
+    def _encode_text(self, texts: list[str]) -> Conditioning:
+        """The texts, in the dtype that the DiT computes in."""
+        found, dtype = self.text_encoder.encode(texts), next(self.dit.parameters()).dtype
+        clip = None if found.clip_embeddings is None else found.clip_embeddings.to(dtype)
+        return Conditioning(found.embeddings.to(dtype), found.mask, clip)
+
+    @torch.no_grad()
+    def _encoded(self, condition: AnyCondition) -> Condition:
+        """`condition` with normalised latents: the most likely ones of what is given."""
+        if isinstance(condition, Condition):
+            return condition
+        weight = next(self.vae.parameters())
+        latents = self.vae.encode(condition.video.to(weight.device, weight.dtype)).mode()
+        return Condition(self.vae.normalize(latents).float(), condition.frame, condition.strength)
+
+    def _num_given(self, condition: AnyCondition) -> int:
+        length = content(condition).shape[2]
+        return self.vae.pixel_frames(length) if isinstance(condition, Condition) else length
+
+    def _windows(
+        self, settings: SamplingSettings, conditions: Sequence[AnyCondition]
+    ) -> list[tuple[range, list[AnyCondition]]]:
+        """The frames of each window, and what is given in it."""
+        given = [(condition, self._num_given(condition)) for condition in conditions]
+        overlap = settings.window.overlap_frames if settings.window else 0
+        windows = spans(settings.num_frames, settings.window)
+        return [(frames, in_window(given, frames, overlap if frames.start else 0)) for frames in windows]
+
+    def _check(self, settings: SamplingSettings, conditions: Sequence[AnyCondition]) -> None:
+        """Refuse what cannot be made, before anything is made."""
+        self._check_decoder(settings.decode_sigma, settings.noise_scale)
+        for frames, _ in self._windows(settings, conditions):
+            self._latent_shape(len(frames), settings.height, settings.width)
+        if settings.window is not None:
+            self._latent_shape(settings.window.overlap_frames, settings.height, settings.width)
+
+    def _check_decoder(self, sigma: float, noise_scale: float) -> None:
+        if not self.vae.timestep_conditioning and (sigma or noise_scale):
+            raise ConfigError(
+                f"decode_sigma is {sigma:g} and decode_noise_scale {noise_scale:g}, but the decoder of this VAE takes no noise "
+                "level: leave both at 0."
+            )
 
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         c = self.vae.compression
-        if num_frames < 1 or (num_frames - 1) % c.time or height < 1 or height % c.height or width < 1 or width % c.width:
+        if num_frames < 1 or not self._whole(num_frames) or height < 1 or height % c.height or width < 1 or width % c.width:
             raise ConfigError(
-                f"cannot make {num_frames} frames of {height}x{width} pixels: this VAE makes 1 + {c.time} * n frames, "
+                f"cannot make {num_frames} frames of {height}x{width} pixels: this VAE makes {self._frame_rule()} frames, "
                 f"with a height in multiples of {c.height} and a width in multiples of {c.width}."
             )
-        return c.latent_frames(num_frames), height // c.height, width // c.width
+        return self.vae.latent_frames(num_frames), height // c.height, width // c.width
+
+    def _whole(self, num_frames: int) -> bool:
+        try:
+            return self.vae.pixel_frames(self.vae.latent_frames(num_frames)) == num_frames
+        except DataError:  # of a VAE that takes whole chunks
+            return False
+
+    def _frame_rule(self) -> str:
+        chunk = self.vae.chunk_frames
+        return f"1 + {chunk} * n" if self._whole(1 + chunk) else f"1 or {chunk} * n"
 
 
 def generate(
@@ -146,10 +289,18 @@ def generate(
     width: int | None = None,
     fps: float = 25.0,
     num_steps: int = 30,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     ema: bool = True,
     batch_size: int = 16,
     device: str | torch.device | None = None,
+    *,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    conditions: Sequence[AnyCondition] = (),
+    fit: str | None = None,
+    guidance: Guidance | None = None,
+    schedule: SigmaSchedule | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Tensor:
     """Videos for `prompts` with the model at `run_or_folder`: `(B, 3, T, H, W)` float32 in [-1, 1].
 
@@ -158,26 +309,56 @@ def generate(
         prompts: a caption, or several.
         num_frames, height, width: of the videos; None takes the size of the training clips (of a run; an exported folder
             does not know it).
-        seed, fps, num_steps, guidance_scale, batch_size: as in `Pipeline.stream`.
+        seed, fps, num_steps, batch_size: as in `Pipeline.stream`.
+        guidance_scale: classifier-free guidance, 1 is off; None takes 3, or what `guidance` says.
         ema: use the moving average of the weights.
         device: where to compute; None takes CUDA where there is one.
+        image: first frame of all videos, or a list with one for each prompt.
+        conditions: other parts of the videos that are given.
+        fit: what to do with an image of another shape, see `images.fitted`.
+        guidance: all of it, in place of `guidance_scale`.
+        schedule: noise levels; None takes the model's own.
+        dtype: of the weights.
+        settings: further fields of `SamplingSettings`.
 
     Raises:
         CheckpointError: there is no such model.
-        ConfigError: a size that the model cannot make, or none given and none known.
+        ConfigError: a size that the model cannot make, or none given and none known; an image of another shape.
+        DataError: an image that cannot be read.
     """
-    pipeline = Pipeline.load(run_or_folder, ema=ema, device=device)
+    pipeline = Pipeline.load(run_or_folder, ema=ema, device=device, schedule=schedule, dtype=dtype)
     given = {"num_frames": num_frames, "height": height, "width": width}
     size = given if None not in given.values() else _training_size(Path(run_or_folder), given)
+    if image is not None:
+        sources: list[Any] = [image] if is_image(image) else list(image)  # type: ignore[arg-type]
+        to = (int(size["height"] or 0), int(size["width"] or 0), pipeline.vae.compression, fit)
+        first = PixelCondition(torch.cat([fitted(read_image(source), *to) for source in sources]))
+        conditions = [first, *conditions]
+    if guidance is not None:
+        settings["guidance"] = guidance
     return pipeline.generate(
         [prompts] if isinstance(prompts, str) else prompts,
+        conditions=conditions,
         fps=fps,
         seed=seed,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         batch_size=batch_size,
         **size,
+        **settings,
     )
+
+
+def _settings(guidance_scale: float | None, fields: dict[str, Any]) -> SamplingSettings:
+    if guidance_scale is not None and "guidance" in fields:
+        raise ConfigError("guidance_scale and guidance are both given: put the scale into Guidance(scale=...).")
+    if "guidance" not in fields:
+        fields = fields | {"guidance": Guidance(_DEFAULT_SCALE if guidance_scale is None else guidance_scale)}
+    return SamplingSettings(**fields)
+
+
+def _generator(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(derived_seed(seed, "decoder"))
 
 
 def models_folder(path: str | Path) -> Path:

@@ -1,44 +1,56 @@
 """Stage `evaluate`: measure trained models on stored clips, and generated videos against their captions.
 
 ```
-evaluation.json  originals_vs_reconstructions.png (one for each `reconstruction` metric, numbered from the second on)
+evaluation.json
+originals_vs_reconstructions.png                for each `reconstruction` metric
+latent_statistics.json                          for each `latent_diagnostics` metric
+originals_vs_image_vae_vs_video_latents.png     for each `image_compatibility` metric
 ```
+From the second metric of a kind on, its file has a number: `latent_statistics_2.json`.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
-
-from videofm import media, models, shapes
+from videofm import media, shapes
 from videofm.config import EvaluateConfig
-from videofm.config.recipe import CaptionFollowingMetric, HeldOutLossMetric, ReconstructionMetric
-from videofm.config.train import FlowMatchingConfig
-from videofm.data import decode
-from videofm.data.loader import video_tensor
-from videofm.data.shards import ClipRecord, Manifest, read_clip
-from videofm.errors import CheckpointError, DataError, Interrupted
+from videofm.config.flow_matching import FlowMatchingConfig
+from videofm.config.recipe import (
+    CaptionFollowingMetric,
+    EvaluationMetric,
+    HeldOutLossMetric,
+    ImageCompatibilityMetric,
+    ImageToVideoMetric,
+    LatentDiagnosticsMetric,
+    ReconstructionMetric,
+)
+from videofm.errors import DataError
 from videofm.evaluation.caption_following import ShapeClassifier, caption_following
-from videofm.evaluation.held_out_loss import held_out_loss
-from videofm.evaluation.reconstruction import psnr, ssim
+from videofm.evaluation.reconstruction import psnr
 from videofm.objectives.flow_matching import FlowMatchingObjective
-from videofm.parallel.rng import KeyedRng
-from videofm.progress import LOG, progress
-from videofm.run_dir import RunDirectory, read_jsonl, write_json
+from videofm.progress import LOG
+from videofm.run_dir import RunDirectory, read_json, read_jsonl, write_json
 from videofm.sampling import Pipeline
-from videofm.sampling.pipeline import evaluating, models_folder
-from videofm.types import Batch
+from videofm.sampling.conditioning import PixelCondition
+from videofm.stages.evaluate_vae import (
+    Network,
+    measure_compatibility,
+    measure_latents,
+    measure_reconstruction,
+    perceptual_network,
+)
+from videofm.stages.stored_clips import clip_batches, existing
+from videofm.train.watch import held_out_losses
 
-_BATCH_SIZE = 8
-_SHEET_CLIPS = 12
-ClipMetric = ReconstructionMetric | HeldOutLossMetric
+FILES = {
+    "reconstruction": ("sheet", "originals_vs_reconstructions.png"),
+    "latent_diagnostics": ("statistics", "latent_statistics.json"),
+    "image_compatibility": ("sheet", "originals_vs_image_vae_vs_video_latents.png"),
+}
+"""Kind of metric -> the key of its result that names the file it writes, and that name."""
 
 
 def run(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
@@ -48,70 +60,102 @@ def run(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
         `metrics`: for each, in order, its `kind`, what it read, and its numbers; the same as in evaluation.json.
 
     Raises:
-        CheckpointError: a model is missing.
-        DataError: no clip to measure on, or videos that do not fit their captions' vocabulary.
+        CheckpointError: a model or a file of weights is missing.
+        ConfigError: what is asked for does not fit the models.
+        DataError: no clip to measure on, clips that the models do not take, or videos that do not fit their captions'
+            vocabulary.
         Interrupted: stopped on request.
     """
     found: list[dict[str, Any]] = []
+    network = cache(perceptual_network)
     for metric in config.metrics:
-        match metric:
-            case ReconstructionMetric():
-                earlier = sum(result["kind"] == metric.kind for result in found)
-                suffix = f"_{earlier + 1}" if earlier else ""
-                sheet = run.path / f"originals_vs_reconstructions{suffix}.png"
-                numbers = measure_reconstruction(metric, run, config.seed, sheet) | {"sheet": sheet.name}
-                read = metric.run
-            case HeldOutLossMetric():
-                numbers, read = measure_held_out_loss(metric, run, config.seed), metric.run
-            case CaptionFollowingMetric():
-                numbers, read = measure_caption_following(metric), metric.samples
-        found.append({"kind": metric.kind, "of": read} | numbers)
-        LOG.info("%s of %s: %s", metric.kind, read, numbers)
+        read = metric.samples if isinstance(metric, CaptionFollowingMetric) else metric.run
+        result: dict[str, Any] = {"kind": metric.kind, "of": read}
+        file = run.path
+        if metric.kind in FILES:
+            key, name = FILES[metric.kind]
+            file /= _numbered(name, sum(other["kind"] == metric.kind for other in found) + 1)
+            result[key] = file.name
+        numbers = _measure(metric, run, config.seed, file, network)
+        found.append(result | numbers)
+        short = {name: value for name, value in numbers.items() if name != "per_frame" and not isinstance(value, list)}
+        LOG.info("%s of %s: %s", metric.kind, read, short)
     write_json(run.path / "evaluation.json", {"metrics": found, "seed": config.seed})
     return {"metrics": found}
 
 
-def measure_reconstruction(metric: ReconstructionMetric, run: RunDirectory, seed: int, sheet: Path) -> dict[str, Any]:
-    """Mean and minimum of PSNR (dB) and mean of SSIM over clips; writes the sheet."""
-    vae = models.load(_existing(metric.run), role="vae", component="vae", device=_device()).float()
-    scores: list[tuple[Tensor, Tensor]] = []
-    shown: list[tuple[np.ndarray, np.ndarray, str]] = []
-    with evaluating(vae), torch.no_grad():
-        for batch in clip_batches(metric, run, seed):
-            video = batch.video.to(_device())
-            output = vae.decode(vae.encode(video).mode()).clamp(-1, 1)
-            scores.append((psnr(output, video).cpu(), ssim(output, video).cpu()))
-            for original, copy, caption in zip(batch.video, output.cpu(), batch.captions, strict=True):
-                if len(shown) < _SHEET_CLIPS:
-                    shown.append((media.to_frames(original), media.to_frames(copy), caption))
-    originals, copies, captions = (list(column) for column in zip(*shown, strict=True))
-    media.comparison_sheet(originals, copies, captions, sheet)
-    decibels, similarity = (torch.cat(column) for column in zip(*scores, strict=True))
-    return {
-        "num_clips": len(decibels),
-        "psnr": float(decibels.mean()),
-        "psnr_min": float(decibels.min()),
-        "ssim": float(similarity.mean()),
-    }
+def _measure(metric: EvaluationMetric, run: RunDirectory, seed: int, file: Path, network: Network) -> dict[str, Any]:
+    match metric:
+        case ReconstructionMetric():
+            return measure_reconstruction(metric, run, seed, file, network)
+        case LatentDiagnosticsMetric():
+            return measure_latents(metric, run, seed, file)
+        case ImageCompatibilityMetric():
+            return measure_compatibility(metric, run, seed, file)
+        case HeldOutLossMetric():
+            return measure_held_out_loss(metric, run, seed)
+        case CaptionFollowingMetric():
+            return measure_caption_following(metric)
+        case ImageToVideoMetric():
+            return measure_image_to_video(metric, run, seed)
+
+
+def _numbered(name: str, number: int) -> str:
+    """`sheet.png`, then `sheet_2.png`, ..."""
+    path = Path(name)
+    return name if number == 1 else f"{path.stem}_{number}{path.suffix}"
 
 
 def measure_held_out_loss(metric: HeldOutLossMetric, run: RunDirectory, seed: int) -> dict[str, Any]:
     """Flow-matching loss at each noise level, and their mean; noise is keyed by (seed, clip), latents are the most likely."""
-    pipeline = Pipeline.load(_existing(metric.run))
+    folder = existing(metric.run)
+    pipeline = Pipeline.load(folder)
     roles = {"dit": pipeline.dit, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     device = next(pipeline.dit.parameters()).device
-    objective = FlowMatchingObjective(FlowMatchingConfig.model_validate({"kind": "flow_matching"}))
+    objective = FlowMatchingObjective(FlowMatchingConfig(kind="flow_matching", causal_fix=trained_with_causal_fix(folder)))
+    batches = (batch.to(device) for batch in clip_batches(metric, run, seed))
+    return held_out_losses(objective, roles, batches, metric.sigmas, seed)
 
-    def prepare(batch: Batch) -> Callable[[Tensor], Tensor]:
-        clean = objective.encode(pipeline.vae, batch.video)
-        noise = KeyedRng(seed, 0, batch.sample_ids, device).normal("held_out_noise", tuple(clean.shape[1:]))
-        return lambda sigma: objective.velocity_errors(roles, clean, batch.captions, batch.fps, sigma, noise)
 
-    with evaluating(*roles.values()):
-        batches = (batch.to(device) for batch in clip_batches(metric, run, seed))
-        losses = held_out_loss(prepare, batches, metric.sigmas)
-    by_sigma = {f"{sigma:g}": loss for sigma, loss in losses.items()}
-    return {"loss": sum(losses.values()) / len(losses), "loss_at_sigma": by_sigma}
+def trained_with_causal_fix(folder: Path) -> bool:
+    """Whether the run or checkpoint in `folder` was trained with `objective.causal_fix`. An exported folder keeps no training
+    config; it is taken for one of LTXPipeline, which has no fix."""
+    configs = [folder / name for name in ("config.yaml", "train_config.json") if (folder / name).exists()]
+    return any(read_json(file).get("objective", {}).get("causal_fix", False) for file in configs)
+
+
+def measure_image_to_video(metric: ImageToVideoMetric, run: RunDirectory, seed: int) -> dict[str, Any]:
+    """PSNR of the first frame against the one that was given (dB, mean and smallest), and the shares of the captions."""
+    pipeline = Pipeline.load(existing(metric.run))
+    videos: list[media.Frames] = []
+    captions: list[str] = []
+    kept: list[float] = []
+    for batch in clip_batches(metric, run, seed):
+        first = batch.video[:, :, :1]
+        made = pipeline.generate(
+            batch.captions,
+            conditions=[PixelCondition(first)],
+            guidance_scale=metric.guidance_scale,
+            first_index=len(videos),
+            num_frames=metric.num_frames,
+            height=metric.height,
+            width=metric.width,
+            fps=float(batch.fps[0]),
+            num_steps=metric.num_steps,
+            seed=seed,
+        )
+        kept += psnr(made[:, :, :1], first).tolist()
+        videos += [media.to_frames(video) for video in made]
+        captions += batch.captions
+    shares = caption_following(videos, captions, ShapeClassifier(shapes.COLOURS, shapes.DIRECTIONS))
+    return {
+        "num_videos": shares.num_videos,
+        "first_frame_psnr": sum(kept) / len(kept),
+        "first_frame_psnr_min": min(kept),
+        "colour": shares.colour,
+        "direction": shares.direction,
+        "both": shares.both,
+    }
 
 
 def measure_caption_following(metric: CaptionFollowingMetric) -> dict[str, Any]:
@@ -123,63 +167,3 @@ def measure_caption_following(metric: CaptionFollowingMetric) -> dict[str, Any]:
     videos = [media.read_video(folder / row["file"]) for row in rows]
     shares = caption_following(videos, [row["caption"] for row in rows], ShapeClassifier(shapes.COLOURS, shapes.DIRECTIONS))
     return {"num_videos": shares.num_videos, "colour": shares.colour, "direction": shares.direction, "both": shares.both}
-
-
-def clip_batches(metric: ClipMetric, run: RunDirectory, seed: int) -> Iterator[Batch]:
-    """The clips to measure on, in batches on the CPU: the first frames of at most `num_clips` clips, drawn with `seed`.
-
-    Raises:
-        DataError: no clip of the split is long enough.
-        Interrupted: stopped on request.
-    """
-    manifest = Manifest.load(metric.manifest)
-    records = manifest.records(metric.split)
-    usable = [record for record in records if record.num_frames >= metric.num_frames]
-    if not usable:
-        raise DataError(
-            f"{metric.manifest} has no clip of {metric.num_frames} frames in split {metric.split!r} ({len(records)} shorter). "
-            "Ask for fewer frames, another split, or curate with a larger held_out share."
-        )
-    if len(usable) > metric.num_clips:
-        usable = sorted(random.Random(seed).sample(usable, metric.num_clips), key=lambda record: record.key)
-    decoder = decode.choose("auto")
-    with progress(f"{metric.kind} clips", len(usable)) as bar:
-        for start in range(0, len(usable), _BATCH_SIZE):
-            part = usable[start : start + _BATCH_SIZE]
-            if run.stop_requested:
-                raise Interrupted("evaluation stopped on request; the same command starts it again")
-            clips = [_read(metric, record, decoder) for record in part]
-            fps = torch.tensor([record.fps for record in part], dtype=torch.float32)
-            captions, keys = [record.caption for record in part], [record.key for record in part]
-            yield Batch(torch.cat(clips), captions, fps, keys, step=0, num_step_samples=len(part))
-            bar.advance(len(part))
-
-
-def fit(video: Tensor, height: int, width: int) -> Tensor:
-    """`(B, C, T, H, W)` cut around its centre to the wanted aspect ratio, then resized (antialiased) to `height` x `width`."""
-    batch, _, _, old_height, old_width = video.shape
-    scale = min(old_height / height, old_width / width)
-    kept_height, kept_width = round(height * scale), round(width * scale)
-    top, left = (old_height - kept_height) // 2, (old_width - kept_width) // 2
-    video = video[..., top : top + kept_height, left : left + kept_width]
-    if (kept_height, kept_width) == (height, width):
-        return video
-    images = video.transpose(1, 2).flatten(0, 1)  # (B, C, T, H, W) -> (B * T, C, H, W)
-    images = interpolate(images, (height, width), mode="bilinear", antialias=True)
-    return images.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
-
-
-def _read(metric: ClipMetric, record: ClipRecord, decoder: decode.Decoder) -> Tensor:
-    frames = decoder.read(read_clip(metric.manifest, record), range(metric.num_frames))
-    return fit(video_tensor(frames[None]), metric.height, metric.width)
-
-
-def _existing(path: str) -> Path:
-    folder = models_folder(path)
-    if not folder.exists():
-        raise CheckpointError(f"run = {path!r} does not exist: give a training run, a checkpoint, or an exported folder.")
-    return folder
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

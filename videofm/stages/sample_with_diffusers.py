@@ -2,7 +2,8 @@
 
 Usage: `python -I sample_with_diffusers.py REQUEST.json`. This file imports nothing of videofm, which is the point: what it
 makes, any user of diffusers makes. The request holds `folder`, `output` (a folder), `prompts` (may be empty: then the export
-is only checked), `seeds` (one generator seed each), `names` (one each), and `num_frames height width fps num_steps
+is only checked), `all_prompts` (those of earlier calls too, to count which are cut), `seeds` (one generator seed each), `names`
+(one each), and `num_frames height width fps num_steps
 guidance_scale batch_size`. Videos go to `output/NAME.npy`, uint8 `(T, H, W, 3)`; each appears when it is whole, and
 `output/result.json` comes last.
 """
@@ -27,6 +28,9 @@ _CLASSES = {
     "text_encoder": transformers.T5EncoderModel,
 }
 
+_MAX_TOKENS = 128
+"""Tokens of a prompt that LTXPipeline reads, by default."""
+
 
 def check(folder: str) -> dict[str, Any]:
     """Load each component; number of parameters by component. Exits with a message when keys are missing or left over."""
@@ -40,8 +44,8 @@ def check(folder: str) -> dict[str, Any]:
     return {"diffusers": diffusers.__version__, "num_parameters": counts}
 
 
-def sample(request: dict[str, Any], output: Path) -> None:
-    """Make the videos of `request`, a batch at a time."""
+def sample(request: dict[str, Any], output: Path) -> int:
+    """Make the videos of `request`, a batch at a time; how many of all prompts are longer than the pipeline takes."""
     pipeline = diffusers.LTXPipeline.from_pretrained(request["folder"], local_files_only=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -57,12 +61,14 @@ def sample(request: dict[str, Any], output: Path) -> None:
             num_inference_steps=request["num_steps"],
             guidance_scale=request["guidance_scale"],
             generator=[torch.Generator().manual_seed(seed) for seed in request["seeds"][part]],
+            max_sequence_length=_MAX_TOKENS,
             output_type="np",
         ).frames
         for name, video in zip(request["names"][part], frames, strict=True):
             aside = output / f".{name}.tmp.npy"
             np.save(aside, np.rint(video * 255).clip(0, 255).astype(np.uint8), allow_pickle=False)
             os.replace(aside, output / f"{name}.npy")
+    return sum(len(ids) > _MAX_TOKENS for ids in pipeline.tokenizer(request["all_prompts"]).input_ids)
 
 
 def main() -> None:
@@ -71,7 +77,7 @@ def main() -> None:
     output = Path(request["output"])
     result = check(request["folder"])
     if request["prompts"]:
-        sample(request, output)
+        result["num_cut_prompts"] = sample(request, output)
     assert "videofm" not in sys.modules, "this process must not have imported videofm"
     (output / "result.json").write_text(json.dumps(result), encoding="utf-8")
 

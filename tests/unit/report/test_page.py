@@ -52,6 +52,22 @@ def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     assert "data:video/mp4;base64," in page
 
 
+def test_held_out_losses_are_a_table_and_constants_no_curves(tmp_path: Path) -> None:
+    """A row a measured step, a column a noise level; what a later row lacks is empty, and a text in it is escaped."""
+    run = a_run(tmp_path / "run")
+    rows = [{"step": 1, "loss": 1.5, "skipped_by": 7.0}, {"step": 2, "loss": 1.0, "skipped_by": 7.0, "peak_memory": 2.0}]
+    run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [
+        {"step": 100, "loss": 0.75, "loss_at_sigma": {"0.1": 0.5, "0.9": 1.0}},
+        {"step": 200, "loss_at_sigma": {EVIL: 1}},
+    ]
+    (run.path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    page = build(run.path)
+    assert '<th class="n">sigma 0.1</th><th class="n">sigma 0.9</th>' in page
+    assert '<td class="n">100</td><td class="n">0.75</td><td class="n">0.5</td><td class="n">1</td>' in page
+    assert "skipped_by" not in page and "peak_memory" in page and "<script" not in page
+
+
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", DemoDataConfig(kind="demo_data"))
     run.start_attempt()

@@ -9,17 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import TypeAdapter
 
 from data_pipelines.demo import render_shot
+from tests.unit.sampling import tiny
 from videofm import media, models
 from videofm.config import StageConfig
 from videofm.data.shards import ShardWriter
 from videofm.errors import CheckpointError, ConfigError, DataError, Interrupted
+from videofm.evaluation.reconstruction import psnr
 from videofm.run_dir import RunDirectory
-from videofm.sampling import Pipeline
+from videofm.sampling import Pipeline, PixelCondition
+from videofm.sampling.images import fitted, read_image
 from videofm.shapes import captions, motifs
-from videofm.stages import evaluate, export, sample
+from videofm.stages import evaluate, export, sample, stored_clips
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
 ADAPTER: TypeAdapter[Any] = TypeAdapter(StageConfig)
@@ -45,13 +49,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     run = tmp_path_factory.mktemp("runs") / "dit"
     checkpoint = run / "checkpoints" / "step_00000002"
-    built = {
-        "dit": models.build("dit/ltx", "tiny", num_layers=1),
-        "vae": models.build("vae/ltx", "tiny"),
-        "text_encoder": models.build("text/t5", "tiny"),
-    }
-    for role, model in built.items():
-        models.save(model, checkpoint / "models" / role)
+    built = tiny.pipeline(num_layers=1, text_length=128)
+    for role in ("dit", "vae", "text_encoder"):
+        models.save(getattr(built, role), checkpoint / "models" / role)
     (checkpoint / "COMMITTED.json").write_text("{}")
     return run
 
@@ -97,7 +97,7 @@ def test_sample_goes_on_behind_the_last_video(trained: Path, tmp_path: Path) -> 
     assert (resumed.path / "samples" / "000.mp4").stat().st_mtime_ns == kept
     for name in ("001.mp4", "002.mp4"):
         again, first = media.read_video(resumed.path / "samples" / name), media.read_video(whole.path / "samples" / name)
-        assert np.abs(again.astype(int) - first).max() <= 2
+        assert np.abs(again.astype(int) - first).mean() < 0.5
 
 
 @pytest.mark.parametrize("sampler", ["videofm", "diffusers"])
@@ -135,6 +135,98 @@ def test_sample_refuses_what_it_cannot_use(trained: Path, tmp_path: Path) -> Non
         sample.run(sampling_config(trained, sampler="diffusers", num_steps=1), run)
 
 
+def pictures(folder: Path, count: int) -> list[str]:
+    """Square images, 48 pixels, that differ."""
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((48, 48)).save(folder / f"{index}.png")
+    return [str(folder / f"{index}.png") for index in range(count)]
+
+
+def luma(frames: media.Frames) -> np.ndarray[Any, Any]:
+    """What H.264 keeps of single pixels: `(T, H, W)`; it halves the resolution of colours."""
+    return frames @ np.array([0.299, 0.587, 0.114])
+
+
+def test_sample_takes_images_and_clips(trained: Path, tmp_path: Path) -> None:
+    """One image a prompt, in batches of which the last is shorter, and a clip of one frame as the last frame of all."""
+    files = pictures(tmp_path / "images", 3)
+    media.write_video(tmp_path / "clip.mp4", np.full((6, 48, 48, 3), 90, np.uint8), 25)
+    ending = [{"video": str(tmp_path / "clip.mp4"), "num_frames": 1, "frame": -1, "strength": 0.9}]
+    prompts = ["a", "a", "a"]
+    wanted = sampling_config(trained, prompts=prompts, images=files, conditions=ending)
+    run = directory(tmp_path / "sample")
+    sample.run(wanted, run)
+    rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == files
+    pipeline = Pipeline.load(trained)
+    frames = [fitted(read_image(file), 32, 32, pipeline.vae.compression) for file in files]  # type: ignore[arg-type]
+    last = fitted(np.full((1, 48, 48, 3), 90, np.uint8), 32, 32, pipeline.vae.compression)  # type: ignore[arg-type]
+    given = [PixelCondition(torch.cat(frames)), PixelCondition(last, -1, 0.9)]
+    expected = pipeline.generate(prompts, fps=25.0, num_steps=2, conditions=given, **SIZE)
+    for row, video in zip(rows, expected, strict=True):
+        assert np.abs(luma(media.read_video(run.path / row["file"])) - luma(media.to_frames(video))).mean() < 3
+    free = pipeline.generate(prompts, fps=25.0, num_steps=2, **SIZE)
+    assert np.abs(luma(media.to_frames(free[0])) - luma(media.to_frames(expected[0]))).mean() > 10
+
+
+def test_sample_refuses_images_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
+    files = pictures(tmp_path / "images", 2)
+    run = directory(tmp_path / "sample")
+    with pytest.raises(ConfigError, match="images lists 1 files for 2 prompts: give one for each"):
+        sample.run(sampling_config(trained, images=files[:1]), run)
+    wide = sampling_config(trained, image=files[0], width=64)
+    with pytest.raises(ConfigError, match="48x48 .* and the video 32x64: another shape. Make the video 64x64 or 32x32"):
+        sample.run(wide, run)
+    sample.run(wide.model_copy(update={"fit": "pad"}), run)
+    assert media.read_video(run.path / "samples" / "000.mp4").shape == (5, 32, 64, 3)
+    with pytest.raises(DataError, match="absent.png cannot be read as an image"):
+        sample.run(sampling_config(trained, image="absent.png"), directory(tmp_path / "other"))
+
+
+def test_configs_of_samples_that_contradict_themselves(trained: Path) -> None:
+    for fields, message in (
+        ({"image": "a.png", "images": ["a.png"]}, "either `image` .* or `images`"),
+        ({"sampler": "diffusers", "image": "a.png", "solver": "heun"}, "does not read solver, image; take `sampler: videofm`"),
+        ({"conditions": [{"frame": 3}]}, "give either `image` or `video`"),
+        ({"conditions": [{"video": "a.mp4"}]}, "`num_frames` says how many of the last frames"),
+        ({"window": {"num_frames": 5, "overlap_frames": 5}}, "overlap_frames 5 must be less than num_frames 5"),
+        ({"schedule": {"kind": "ltx", "max_tokens": 1024}}, "a line needs two token counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampling_config(trained, **fields)  # type: ignore[arg-type]
+
+
+def test_prompts_that_are_cut_are_a_number_in_the_result(trained: Path, tmp_path: Path) -> None:
+    """The tokenizer counts bytes and one for the end: 127 letters fit into 128 tokens, 128 do not. Videos of an earlier try
+    count too."""
+    run = directory(tmp_path / "sample")
+    wanted = sampling_config(trained, prompts=["a" * 128, "a" * 127])
+    assert sample.run(wanted, run)["num_cut_prompts"] == 1
+    (run.path / "samples" / "001.mp4").unlink()
+    assert sample.run(wanted, run)["num_cut_prompts"] == 1
+    assert sample.run(wanted, run)["num_cut_prompts"] is None
+
+
+def test_long_videos_and_other_settings_reach_the_sampler(trained: Path, tmp_path: Path) -> None:
+    run = directory(tmp_path / "sample")
+    fields = {
+        "num_frames": 13,
+        "window": {"num_frames": 9, "overlap_frames": 5},
+        "schedule": {"kind": "shifted", "shift": 13.0},
+        "solver": "heun",
+        "guidance": {"rescale": 0.5, "perturbation": {"blocks": [0]}},
+        "negative_prompt": "blurry",
+        "dtype": "bf16",
+    }
+    assert sample.run(sampling_config(trained, prompts=["a"], **fields), run)["num_videos"] == 1
+    assert media.read_video(run.path / "samples" / "000.mp4").shape == (13, 32, 32, 3)
+    unknown = sampling_config(trained, guidance={"perturbation": {"blocks": [7]}})
+    with pytest.raises(ConfigError, match=r"cannot disturb the blocks \[7\]: this model has 1"):
+        sample.run(unknown, directory(tmp_path / "other"))
+
+
 def test_export_is_checked_and_sampled_by_plain_diffusers(trained: Path, tmp_path: Path) -> None:
     """A fresh process without videofm makes, from the same seeds, the videos that we make."""
     output = tmp_path / "model"
@@ -145,8 +237,13 @@ def test_export_is_checked_and_sampled_by_plain_diffusers(trained: Path, tmp_pat
     counted = sum(p.numel() for p in Pipeline.load(trained).dit.parameters())
     assert results["num_parameters"]["transformer"] == counted
     ours, theirs = directory(tmp_path / "ours"), directory(tmp_path / "theirs")
-    sample.run(sampling_config(trained), ours)
-    sample.run(sampling_config(exported.path, sampler="diffusers"), theirs)  # the stage stands for what it wrote
+    prompts = ["a red circle", "b" * 140]  # 140 letters are more than 128 tokens
+    counts = [
+        sample.run(sampling_config(trained, prompts=prompts), ours)["num_cut_prompts"],
+        # The stage stands for what it wrote.
+        sample.run(sampling_config(exported.path, prompts=prompts, sampler="diffusers"), theirs)["num_cut_prompts"],
+    ]
+    assert counts == [1, 1]
     for name in ("000.mp4", "001.mp4"):
         difference = media.read_video(ours.path / "samples" / name).astype(int) - media.read_video(
             theirs.path / "samples" / name
@@ -203,8 +300,27 @@ def test_fit_cuts_the_centre_and_resizes() -> None:
     """A 20x12 frame for a 5x6 window keeps its 10x12 centre, halved; a constant stays constant."""
     video = torch.zeros(1, 1, 2, 20, 12)
     video[..., 5:15, :] = 1.0
-    found = evaluate.fit(video, 5, 6)
+    found = stored_clips.fit(video, 5, 6)
     assert found.shape == (1, 1, 2, 5, 6)
     torch.testing.assert_close(found[..., 1:4, :], torch.ones(1, 1, 2, 3, 6))
     same = torch.rand(2, 3, 4, 8, 8)
-    assert torch.equal(evaluate.fit(same, 8, 8), same)
+    assert torch.equal(stored_clips.fit(same, 8, 8), same)
+
+
+def test_image_to_video_keeps_what_it_was_given(trained: Path, clips: Path, tmp_path: Path) -> None:
+    """The first frame is the decoder's of the given image's latents; a model that sees no image does not make it."""
+    wanted = config("evaluate", metrics=[{
+        "kind": "image_to_video", "run": str(trained), "manifest": str(clips), "num_clips": 3, "num_steps": 2, **SIZE,
+    }])  # fmt: skip
+    run = directory(tmp_path / "evaluate")
+    (found,) = evaluate.run(wanted, run)["metrics"]
+    assert found["num_videos"] == 3 and 0 <= found["both"] <= min(found["colour"], found["direction"]) <= 1
+
+    pipeline = Pipeline.load(trained)
+    (batch,) = stored_clips.clip_batches(wanted.metrics[0], run, wanted.seed)
+    settings = {"fps": 25.0, "num_steps": 2, "guidance_scale": 3.0, **SIZE}
+    first = batch.video[:, :, :1]
+    with_image = pipeline.generate(batch.captions, conditions=[PixelCondition(first)], **settings)[:, :, :1]
+    without = pipeline.generate(batch.captions, **settings)[:, :, :1]
+    assert found["first_frame_psnr"] == pytest.approx(psnr(with_image, first).mean().item(), abs=1e-3)
+    assert abs(found["first_frame_psnr"] - psnr(without, first).mean().item()) > 1e-2
