@@ -48,7 +48,8 @@ def write_video(path: str | Path, frames: Frames, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         # One thread: the bytes do not depend on the machine, and small videos gain nothing from more.
-        stream.options = {"crf": _CRF, "preset": "medium", "threads": "1"}
+        # No mbtree: on small frames it reads what it has not written, and equal frames give different bytes now and then.
+        stream.options = {"crf": _CRF, "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

@@ -174,14 +174,17 @@ def dry_run(config: TrainConfig) -> str:
     objective = build_objective(config)
     lines = []
     for role, model_config in config.models.items():
-        if source := model_config.path or model_config.init_from:
-            state = "found" if Path(source).exists() else "not there yet"
-            lines.append(f"{role}: from {source} ({state})")
+        source = model_config.path or model_config.init_from or model_config.overrides.get("path")
+        state = "" if source is None else f"from {source} ({'found' if Path(source).exists() else 'not there yet'})"
+        size = model_config.size or (None if source else "tiny")
+        if model_config.name is None or size is None:
+            lines.append(f"{role}: {state}")
             continue
-        model = _build_model(model_config, "meta")
+        model = _build_model(model_config.model_copy(update={"init_from": None}), "meta")
         count = sum(parameter.numel() for parameter in model.parameters())
         trained = fate(model, role in trained_roles(objective))
-        lines.append(f"{role}: {model_config.name} {model_config.size or 'tiny'}, {count:,} parameters, {trained}")
+        told = f"{role}: {model_config.name} {size}, {count:,} parameters, {trained}"
+        lines.append(f"{told}, {state}" if state else told)
     lines.append(
         f"{config.trainer.max_steps} steps of {describe_steps(config.data)}"
         f" on {config.parallel.data_degree} processes, ZeRO stage {config.parallel.zero_stage}, {config.trainer.precision}"
