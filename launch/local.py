@@ -112,8 +112,6 @@ def submit(run: RunDirectory, world_size: int) -> LocalHandle:
             "LOCAL_WORLD_SIZE": str(world_size),
             "VIDEOFM_RENDEZVOUS": str((attempt / "rendezvous").absolute()),
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-            # Threads that wait actively slow each other many times over where something else runs on the same cores.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
         command = [sys.executable, "-m", "videofm.train.worker", str(run.path), str(int(attempt.name))]
         processes.append(_start(command, environment, None if rank == 0 else attempt / f"rank_{rank}.out"))
