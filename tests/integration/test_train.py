@@ -14,6 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.demo_shards import write_demo_shards
+from videofm import models
+from videofm.models.vae.statistics import apply_statistics
 
 VAE = {
     "kind": "train",
@@ -185,3 +187,14 @@ def test_a_damaged_newest_checkpoint_falls_back(work, straight):
     assert f"{folders[-1].name} is damaged: state.json" in output.replace("\n", " ")
     assert f"resuming from {folders[-2].name}" in output
     assert_same_end(run, straight)
+
+
+def test_statistics_of_a_sharded_vae_are_those_of_its_whole_weights(work: Path) -> None:
+    """ZeRO 3 on two ranks: the file names the hash of the checkpoint's encoder, so it applies to what is loaded."""
+    run = work / "sharded_vae"
+    finished(train(work, run.name, VAE, "parallel.data_degree=2", "parallel.zero_stage=3", max_steps=4))
+    vae = models.load(run)
+    measured = vae.latent_statistics.hash
+    vae.latents_mean.zero_()
+    assert apply_statistics(vae, run).hash == vae.latent_statistics.hash == measured
+    assert [json.loads(row)["step"] for row in (run / "diagnostics.jsonl").read_text().splitlines()] == [4]

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from videofm import models
 from videofm.data.plan import PlanState
 from videofm.evaluation.latents import LatentDiagnostics, alarms
 from videofm.models.vae.statistics import write_statistics
 from videofm.objectives.latent_statistics import first_clips
 from videofm.progress import LOG, progress
-from videofm.run_dir import RunDirectory, write_atomic
+from videofm.run_dir import RunDirectory, read_jsonl, write_atomic
 from videofm.train import state
 from videofm.train.build import Job
 from videofm.train.optim import averaged_weights
@@ -124,8 +125,9 @@ class Diagnostics:
     """What the latents of the role `vae` are like, each `every` steps and at the end: `diagnostics.jsonl` and, of the end,
     `latent_statistics.json`. Alarms go to the log.
 
-    It reads the first clips of the training order through the moving average where there is one, after `AfterTraining`, so that
-    the statistics file holds what that measured. Every rank does the same work on the same clips; one writes.
+    It reads the first clips of the training order through the moving average where there is one. Every rank does the same work
+    on the same clips; one writes. The statistics, and the hash of the weights that they belong to, are those of the last
+    checkpoint, which holds whole tensors where ZeRO 3 does not; so this comes after `Checkpoints`.
     """
 
     def __init__(self, every: int, num_clips: int) -> None:
@@ -141,8 +143,7 @@ class Diagnostics:
         if position.step == job.config.trainer.max_steps:
             num_clips = self._look(job, position.step)
             if job.mesh.is_main:
-                with averaged_weights(job.averages.values()):
-                    write_statistics(job.models["vae"], job.run.path, num_clips)
+                write_statistics(models.load(job.run.path, role="vae"), job.run.path, num_clips)
 
     def _look(self, job: Job, step: int) -> int:
         vae, found, read = job.models["vae"], LatentDiagnostics(), 0
@@ -154,8 +155,10 @@ class Diagnostics:
             vae.train()
         if job.mesh.is_main:
             result = found.result()
-            with (job.run.path / "diagnostics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "num_clips": read, **result}) + "\n")
+            path = job.run.path / "diagnostics.jsonl"
+            rows = [row for row in read_jsonl(path) if row["step"] < step]  # a resumed run looks again
+            rows.append({"step": step, "num_clips": read, **result})
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             for alarm in alarms(result):
                 LOG.warning("latents at step %d: %s", step, alarm)
         return read

@@ -73,7 +73,7 @@ def _callbacks(job: Job, step: int, attempt: int) -> list[Callback]:
     finish = getattr(job.objective, "after_training", None)
     last: list[Callback] = [callbacks.Checkpoints()]
     if isinstance(objective := job.config.objective, AutoencoderConfig):
-        last = [callbacks.Diagnostics(objective.diagnostics_every, objective.num_statistics_clips), *last]
+        last = [*last, callbacks.Diagnostics(objective.diagnostics_every, objective.num_statistics_clips)]
     # What is watched comes first: the held-out loss is one of the metrics.
     return [*watched, *main, *([callbacks.AfterTraining(finish)] if finish else []), *last]
 
