@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from videofm.errors import CheckpointError, ConfigError, ParallelError
+from videofm.errors import CheckpointError, ConfigError
+from videofm.models.bind import refuse_split
 from videofm.models.io import load_weights, read_weights
-from videofm.models.spec import KeyMap, Pair, ParallelOptions, split_degrees
+from videofm.models.spec import KeyMap, Pair, ParallelOptions
 
 
 class PlainAdapter(KeyMap):
@@ -68,8 +69,7 @@ def whole(name: str) -> Callable[..., nn.Module]:
         Raises:
             ParallelError: `mesh` splits a sample or a model.
         """
-        if degrees := split_degrees(mesh):
-            raise ParallelError(f"{name} runs whole on each device, but the mesh has {degrees}: set those degrees to 1.")
+        refuse_split(name, mesh)
         return model
 
     return parallelize

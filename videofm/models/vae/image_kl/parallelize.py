@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from videofm.errors import ConfigError, ParallelError
-from videofm.models.spec import ParallelOptions, split_degrees
+from videofm.errors import ConfigError
+from videofm.models.bind import refuse_split
+from videofm.models.spec import ParallelOptions
 from videofm.models.vae.image_kl.model import ImageKL
 
 
@@ -16,8 +17,7 @@ def parallelize(model: ImageKL, mesh: Any = None, options: ParallelOptions | Non
         ConfigError: an attention backend other than torch's, which is what diffusers calls.
         ParallelError: `mesh` splits a sample or a model.
     """
-    if degrees := split_degrees(mesh):
-        raise ParallelError(f"vae/image_kl runs whole on each device, but the mesh has {degrees}: set those degrees to 1.")
+    refuse_split(model.spec_name, mesh)
     if options is not None and options.attention not in ("auto", "sdpa"):
         raise ConfigError(f"vae/image_kl runs the attention of diffusers, which is sdpa, not {options.attention!r}: set auto.")
     return model

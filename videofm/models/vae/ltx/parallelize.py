@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from videofm.errors import ParallelError
-from videofm.models.spec import ParallelOptions, split_degrees
+from videofm.models.bind import refuse_split
+from videofm.models.spec import ParallelOptions
 from videofm.models.vae.ltx.model import LTXVideoVAE
 
 
@@ -15,6 +15,5 @@ def parallelize(model: LTXVideoVAE, mesh: Any = None, options: ParallelOptions |
     Raises:
         ParallelError: `mesh` splits a sample or a model.
     """
-    if degrees := split_degrees(mesh):
-        raise ParallelError(f"vae/ltx runs whole on each device, but the mesh has {degrees}: set those degrees to 1.")
+    refuse_split(model.spec_name, mesh)
     return model
