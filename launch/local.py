@@ -20,6 +20,8 @@ from videofm.run_dir import RunDirectory, read_json
 _GRACE_SECONDS = 20.0
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, ParallelError)}
 """What a rank calls its failure -> what the verb raises, so that a wrong request has its own exit code."""
+_NOTICED = "CollectiveError"
+"""What a rank calls its failure where another rank is the cause."""
 
 
 @dataclass
@@ -30,6 +32,7 @@ class LocalHandle:
     attempt: Path
     processes: list[subprocess.Popen[bytes]]
     _codes: dict[int, int] = field(default_factory=dict)
+    _ended: set[int] = field(default_factory=set)
 
     def wait(self) -> None:
         """Wait for all ranks.
@@ -62,32 +65,40 @@ class LocalHandle:
         deadline = time.monotonic() + (_GRACE_SECONDS if self.run.stop_requested else 2.0)
         while time.monotonic() < deadline and any(process.poll() is None for process in alive):
             time.sleep(0.05)
-        for process in alive:
+        for rank, process in enumerate(self.processes):
             if process.poll() is None:
+                self._ended.add(rank)
                 process.kill()
         for process in alive:
             process.wait()
         self._collect()
 
     def _raise_outcome(self) -> None:
-        """Turn what the ranks wrote into one error; a rank that said why it failed comes before one that just died."""
+        """Turn what the ranks wrote into one error. A rank that said why it failed comes before one that just died, and that
+        before those who noticed."""
         outcomes = {rank: self._outcome(rank) for rank in range(len(self.processes))}
         said = {rank: outcome for rank, outcome in outcomes.items() if outcome is not None}
-        failed = [(rank, outcome) for rank, outcome in said.items() if outcome["state"] == "failed"]
-        if failed:
-            rank, outcome = failed[0]
-            where = f" (rank {rank})" if len(self.processes) > 1 else ""
-            traceback = self.attempt / f"rank_{rank}_traceback.txt"
-            more = f"; traceback in {traceback}" if traceback.exists() else ""
-            raise _ERRORS.get(outcome["kind"], VideofmError)(f"{outcome['message']}{where}{more}")
-        silent = [rank for rank, outcome in outcomes.items() if outcome is None]
+        failed = {rank: outcome for rank, outcome in said.items() if outcome["state"] == "failed"}
+        noticed = [rank for rank, outcome in failed.items() if outcome["kind"] == _NOTICED]
+        for rank in [rank for rank in failed if rank not in noticed]:
+            raise self._failure(rank, failed[rank])
+        silent = [rank for rank, outcome in outcomes.items() if outcome is None and rank not in self._ended]
         if silent:
             rank, code = silent[0], self._codes[silent[0]]
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            raise VideofmError(f"rank {rank} {how}; run the same command again to go on from the last checkpoint")
+            more = f"; rank {noticed[0]} says: {failed[noticed[0]]['message']}" if noticed else ""
+            raise VideofmError(f"rank {rank} {how}; run the same command again to go on from the last checkpoint{more}")
+        for rank in noticed:
+            raise self._failure(rank, failed[rank])
         stopped = [outcome for outcome in said.values() if outcome["state"] == "interrupted"]
         if stopped:
             raise Interrupted(stopped[0]["message"])
+
+    def _failure(self, rank: int, outcome: dict[str, str]) -> VideofmError:
+        where = f" (rank {rank})" if len(self.processes) > 1 else ""
+        traceback = self.attempt / f"rank_{rank}_traceback.txt"
+        more = f"; traceback in {traceback}" if traceback.exists() else ""
+        return _ERRORS.get(outcome["kind"], VideofmError)(f"{outcome['message']}{where}{more}")
 
     def _outcome(self, rank: int) -> dict[str, str] | None:
         path = self.attempt / f"rank_{rank}.json"
@@ -132,5 +143,5 @@ def _check_devices(run: RunDirectory, world_size: int) -> None:
     if world_size > devices:
         raise ParallelError(
             f"{world_size} ranks need {world_size} GPUs and this machine has {devices}; "
-            f"set parallel.data_degree={devices}, or trainer.device=cpu"
+            f"choose parallel.data_degree, context_degree and tensor_degree whose product is {devices}, or trainer.device=cpu"
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -43,6 +47,39 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def launch_ranks(
+    script: str | Path, world_size: int, *arguments: str | Path, codes: Sequence[int] | None = None, timeout: float = 150.0
+) -> None:
+    """Run `python script *arguments` as `world_size` ranks of one machine, with the environment that a launcher sets.
+
+    For what needs whole processes: DeepSpeed keeps state in its modules, and some ranks are to be killed.
+
+    Args:
+        script: a file, most often the test's own `__file__`.
+        world_size: number of ranks.
+        arguments: of the script.
+        codes: the exit code of each rank; all zero unless given. Negative is the signal that ends it.
+        timeout: seconds for each rank.
+    """
+    shared = {
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        assert [process.wait(timeout=timeout) for process in ranks] == list(codes or [0] * world_size)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
 
 
 def _collect(processes: list[Any], answers: Any, world_size: int, timeout: float) -> list[Any]:

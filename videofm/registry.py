@@ -35,6 +35,15 @@ ATTENTION_BACKENDS = {
     "sdpa": "videofm.attention.backends.sdpa:BACKEND",
     "flash_attn": "videofm.attention.backends.flash_attn:BACKEND",
     "xformers": "videofm.attention.backends.xformers:BACKEND",
+    "flex": "videofm.attention.backends.flex:BACKEND",
+}
+
+ATTENTION_STRATEGIES = {
+    "none": "videofm.attention.strategies.none:STRATEGY",
+    "ulysses": "videofm.attention.strategies.ulysses:STRATEGY",
+    "allgather_kv": "videofm.attention.strategies.allgather_kv:STRATEGY",
+    "ring": "videofm.attention.strategies.ring:STRATEGY",
+    "unified": "videofm.attention.strategies.unified:STRATEGY",
 }
 
 DECODERS = {

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor, nn
 
-    AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    """q, k, v `(B, L, N, K)`, mask (bool, True = may attend, broadcasts to `(B, N, Lq, Lk)`) or None -> `(B, L, N, K)`."""
+    AttentionFn = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    """q `(B, L, N, K)`, k and v `(B, L, G, K)`, mask -> `(B, L, N, K)`.
+
+    The mask is None, a tensor (bool, True = may attend, broadcasts to `(B, N, Lq, Lk)`) or an `attention.MaskSpec`, a rule over
+    positions; the last has the type Any because nothing below `attention` may import it.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,24 @@ class Conditioning:
     """Encoded text. `embeddings` is `(B, L, D)`, `mask` is `(B, L)` bool, True where a token is real.
 
     `clip_embeddings` `(B, M, E)` is what a second encoder makes of the same text, all of it valid (Step-Video), or None.
+    `longest` counts the columns of `mask` up to the last real token of any text, None where nobody has counted: the host knows
+    it from the tokenizer, and need not wait for the device to read it from the mask.
     """
 
     embeddings: Tensor
     mask: Tensor
     clip_embeddings: Tensor | None = None
+    longest: int | None = None
 
     def rows(self, index: Tensor) -> Conditioning:
         """The texts with the numbers `index` `(B',)`."""
         clip = None if self.clip_embeddings is None else self.clip_embeddings[index]
-        return Conditioning(self.embeddings[index], self.mask[index], clip)
+        return Conditioning(self.embeddings[index], self.mask[index], clip, self.longest)
 
     def trimmed(self, length: int) -> Conditioning:
         """The first `length` tokens of each text; `clip_embeddings` stay whole."""
-        return Conditioning(self.embeddings[:, :length], self.mask[:, :length], self.clip_embeddings)
+        longest = None if self.longest is None else min(self.longest, length)
+        return Conditioning(self.embeddings[:, :length], self.mask[:, :length], self.clip_embeddings, longest)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,12 @@ class Loss:
 
 
 class SampleRng(Protocol):
-    """Random draws for the samples of one micro-batch, keyed by (seed, step, sample id, name) and by nothing else."""
+    """Random draws for the samples of one micro-batch, keyed by (seed, step, sample id, name) and by nothing else.
+
+    `device` is that of the batch; a draw has the same numbers on any.
+    """
+
+    device: Any
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Unit Gaussian `(B, *shape)`, float32, on the device of the batch."""
@@ -142,7 +155,8 @@ class Objective(Protocol):
     - `check(models)`: refuse models that do not fit, before anything runs;
     - `active_phases(step)`: the phases of optimizer step `step`, in order, where not all run in each;
     - `prepare(models, batches, rngs, phase, all_sum)`: what has to be known about the whole step, over all ranks, before the
-      first loss of it; `loss` gets what it returns as a fifth argument. `all_sum(tensor)` adds over the ranks;
+      first loss of it; `loss` gets what it returns as a fifth argument. `all_sum(gradient)` adds over the ranks, each of which
+      has a part;
     - `after_training(models, batches)`: numbers for the log, once the last step is done.
     """
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.demo_shards import write_mixed_shards
+from tests.helpers import launch_ranks
 from videofm.config.train import TrainConfig
 
 STEPS, HALF = 6, 3
@@ -74,28 +74,12 @@ def run_rank(folder: Path) -> None:
         go("slow", HALF)
 
 
-def launch(folder: Path, degree: int) -> None:
-    shared = {"WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(degree)
-    ]
-    try:
-        assert [process.wait(timeout=150) for process in ranks] == [0] * degree
-    finally:
-        for process in ranks:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("buckets")
     write_mixed_shards(folder / "shards", [(12, 32, 32), (12, 32, 32), (12, 20, 40)] * 10)
     for degree in (1, 2):
-        launch(folder, degree)
+        launch_ranks(__file__, degree, folder)
     return folder
 
 

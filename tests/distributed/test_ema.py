@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from data_pipelines.demo import render_shot
+from tests.helpers import launch_ranks
 from videofm import media, models
 from videofm.config.train import TrainConfig
 from videofm.data.loader import StepLoader
@@ -156,28 +156,12 @@ def doubled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.double().clone() for name, value in state.items()}
 
 
-def launch(folder: Path, degree: int) -> None:
-    shared = {"WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(degree)
-    ]
-    try:
-        assert [process.wait(timeout=150) for process in ranks] == [0] * degree
-    finally:
-        for process in ranks:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ema")
     write_clips(folder / "clips")
-    launch(folder, 2)
-    launch(folder, 1)
+    launch_ranks(__file__, 2, folder)
+    launch_ranks(__file__, 1, folder)
     return folder
 
 

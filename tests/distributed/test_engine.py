@@ -5,7 +5,6 @@ The toy model is linear regression with an MLP; its loss on one rank is the refe
 
 import logging
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,15 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import launch_ranks
 from videofm.config.train import TrainConfig
 from videofm.types import Batch, Loss
 
 STEPS, SAMPLES = 6, 8
 NOT_FINITE = "not finite"
+OFFLOADED = " offloaded"
+STAGES = [0, 1, 2, 3, *(f"{stage}{OFFLOADED}" for stage in (1, 2, 3))]
+"""ZeRO stages; those of which the optimizer's state is kept on the CPU."""
 
 
 class ToyObjective:
@@ -38,7 +41,7 @@ class ToyObjective:
         return Loss(total, {"squared": error.detach().sum()})
 
 
-def toy_config(zero_stage: int, data_degree: int, **optimizer: float) -> TrainConfig:
+def toy_config(zero_stage: int | str, data_degree: int, **optimizer: float) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "kind": "train",
@@ -51,7 +54,10 @@ def toy_config(zero_stage: int, data_degree: int, **optimizer: float) -> TrainCo
             },
             "optimizer": {"lr": 0.01, "grad_clip": 0.05, **optimizer},
             "trainer": {"max_steps": STEPS, "precision": "fp32"},
-            "parallel": {"zero_stage": zero_stage, "data_degree": data_degree},
+            "parallel": {
+                "zero_stage": int(str(zero_stage)[0]), "data_degree": data_degree,
+                "offload_optimizer": str(zero_stage).endswith(OFFLOADED),
+            },
         }
     )  # fmt: skip
 
@@ -94,7 +100,7 @@ def run_rank(folder: Path) -> None:
     degree, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     results = {}
     mesh = create_mesh(toy_config(0, degree).parallel, torch.device("cpu"), folder / "rendezvous")
-    for stage in (0, 1, 2, 3):
+    for stage in STAGES:
         config = toy_config(stage, degree)
 
         def steps(engine, model, average, first, last):
@@ -139,7 +145,7 @@ def run_rank(folder: Path) -> None:
     destroy_mesh()
 
 
-def skips(stage: int, degree: int, rank: int, mesh) -> dict:
+def skips(stage: int | str, degree: int, rank: int, mesh) -> dict:
     """Two runs of the same six steps: one meets bad clips in between and is resumed behind one, the other never sees them."""
     from videofm.errors import VideofmError
     from videofm.progress import LOG
@@ -202,19 +208,7 @@ def skips(stage: int, degree: int, rank: int, mesh) -> dict:
 
 def launch(folder: Path, degree: int) -> list[dict]:
     folder.mkdir()
-    shared = {"WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(degree)
-    ]
-    try:
-        assert [process.wait(timeout=150) for process in ranks] == [0] * degree
-    finally:
-        for process in ranks:
-            process.kill()
+    launch_ranks(__file__, degree, folder)
     return [torch.load(folder / f"results_{rank}.pt", weights_only=True) for rank in range(degree)]
 
 
@@ -230,7 +224,7 @@ def results(ranks):
 
 
 @pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_bitwise(results, stage, degree):
     """Weights, moving average and losses after 3 + 3 steps equal those after 6, to the last bit, on the same layout."""
     result = results[degree][stage]
@@ -240,7 +234,7 @@ def test_resume_is_bitwise(results, stage, degree):
 
 
 @pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_layouts_take_the_same_steps(results, stage, degree):
     """Losses, gradient norms (with clipping active) and weights do not depend on the ZeRO stage or the data degree."""
     reference, result = results[1][0], results[degree][stage]
@@ -252,7 +246,7 @@ def test_layouts_take_the_same_steps(results, stage, degree):
 
 
 @pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_skipped_step_moves_nothing(ranks, stage, degree):
     """A run with two steps of no finite gradient (one of them the first of all) and one spike between its six steps, resumed
     behind the spike, has the weights and moments of the run without them, to the last bit, and takes the same six steps.
@@ -272,7 +266,7 @@ def test_a_skipped_step_moves_nothing(ranks, stage, degree):
 
 
 @pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_ranks_skip_together_and_one_tells(ranks, stage, degree):
     first = ranks[degree][0][stage]
     for result in (found[stage] for found in ranks[degree]):
@@ -287,7 +281,7 @@ def test_ranks_skip_together_and_one_tells(ranks, stage, degree):
 
 
 @pytest.mark.parametrize("degree", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_too_many_skips_in_a_row_end_the_run(results, stage, degree):
     result = results[degree][stage]
     assert "2 steps in a row were skipped, as many as optimizer.max_skipped allows" in result["failure"]

@@ -5,13 +5,13 @@ and a group that thaws late are all on.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import launch_ranks
 from videofm.config.train import TrainConfig
 from videofm.data.loader import Step
 from videofm.data.plan import PlanState
@@ -109,19 +109,7 @@ def run_rank(folder: Path) -> None:
 
 def launch(folder: Path, degree: int) -> list[dict]:
     folder.mkdir()
-    shared = {"WORLD_SIZE": str(degree), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(degree)
-    ]
-    try:
-        assert [process.wait(timeout=150) for process in ranks] == [0] * degree
-    finally:
-        for process in ranks:
-            process.kill()
+    launch_ranks(__file__, degree, folder)
     return [torch.load(folder / f"results_{rank}.pt", weights_only=True) for rank in range(degree)]
 
 

@@ -120,8 +120,8 @@ class WindowConfig(Section):
 
 
 _OURS_ONLY = (
-    *("schedule", "solver", "guidance", "negative_prompt", "prompt_suffix", "image", "images", "conditions", "fit", "window"),
-    *("decode_sigma", "decode_noise_scale", "causal_fix", "dtype"),
+    *("schedule", "guidance", "negative_prompt", "prompt_suffix", "image", "images", "conditions", "fit", "window"),
+    *("decode_sigma", "decode_noise_scale", "causal_fix", "dtype", "solver", "condition_noise_scale", "masked_text"),
 )
 """Fields that the sampler `diffusers` does not read."""
 
@@ -151,7 +151,11 @@ class SampleConfig(Section):
     fps: float = Field(gt=0, description="Frames a second; the model is told.")
     num_steps: int = Field(30, ge=1, description="Steps from noise to data.")
     schedule: ScheduleConfig | None = Field(None, description="Noise levels of the steps; null takes the model's own.")
-    solver: Literal["euler", "heun"] = Field("euler", description="`heun` is of second order and takes two evaluations a step.")
+    solver: Literal["euler", "heun", "stochastic"] = Field(
+        "euler",
+        description="`heun` is of second order and takes two evaluations a step; `stochastic`, for distilled models, puts new "
+        "noise on the predicted video after every step.",
+    )
     guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 is off.")
     guidance: GuidanceConfig = Field(GuidanceConfig(), description="Variants of guidance.")
     window: WindowConfig | None = Field(None, description="Make long videos in windows; null makes them at once.")
@@ -161,8 +165,22 @@ class SampleConfig(Section):
     decode_noise_scale: float | None = Field(
         None, ge=0, le=1, description="Share of noise put into the latents before; null takes decode_sigma."
     )
-    causal_fix: bool = Field(
-        False, description="Time of a latent frame: that of its first frame, as LTXConditionPipeline; else as LTXPipeline."
+    causal_fix: bool | None = Field(
+        None,
+        description="Time of a latent frame: that of its first frame, as LTXConditionPipeline, or as LTXPipeline; null takes "
+        "what the run was trained with, and the latter for a folder without a run.",
+    )
+    condition_noise_scale: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Noise on images and clips given at strength 1, times sigma squared, new in each step (LTX-Video 0.9.5 and "
+        "later: 0.15); moves more. 0 is off.",
+    )
+    masked_text: bool | None = Field(
+        None,
+        description="Hide padding from the text encoder, as LTXConditionPipeline does and LTXPipeline does not; null takes "
+        "what the encoder was trained with.",
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Type of the weights; the steps themselves are fp32.")
     batch_size: int = Field(16, ge=1, description="Videos made together.")

@@ -141,15 +141,43 @@ class TrainerConfig(Section):
         "for the MFU in the metrics. null has none.",
     )
     num_threads: int | None = execution(None, ge=1, description="CPU threads of a rank; null shares the cores out.")
+    compile: bool = execution(
+        False,
+        description="Compile each transformer block by itself (torch.compile); attention stays outside.",
+    )
     device: Literal["auto", "cpu", "cuda"] = execution("auto", description="`auto` takes CUDA where it works.")
 
 
 class ParallelConfig(Section):
-    """The mesh of processes. One process is a mesh of size one."""
+    """The mesh of processes: `data x context x tensor` of them. One process is a mesh of size one."""
 
     data_degree: int = execution(1, ge=1, description="Groups of ranks that read different samples.")
+    context_degree: int = execution(1, ge=1, description="Ranks that share the tokens (or frames) of a sample.")
+    tensor_degree: int = execution(1, ge=1, description="Ranks that share each matrix product of a model.")
+    context_strategy: Literal["auto", "ulysses", "allgather_kv", "ring", "unified"] = execution(
+        "auto",
+        description="How attention crosses the context ranks: `ulysses` exchanges heads, `ring` passes keys and values on, "
+        "`allgather_kv` gathers them, `unified` exchanges heads among `ulysses_degree` ranks and rings between those; `auto` "
+        "takes the first that suits the heads and the nodes.",
+    )
+    ulysses_degree: int | None = execution(
+        None,
+        ge=1,
+        description="Context ranks that exchange heads under `unified`; null takes the most that a node and the heads allow.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = execution(
         1, description="What DeepSpeed shards: 1 optimizer, 2 gradients too, 3 weights too."
+    )
+    offload_optimizer: bool = execution(False, description="Keep optimizer state, and step, on the CPU (ZeRO 1 to 3).")
+    activation_checkpointing: Literal["none", "selective", "full"] = execution(
+        "none",
+        description="What a transformer block computes again in the backward pass: nothing; all but attention and every second "
+        "matrix product; everything.",
+    )
+    checkpoint_every_blocks: int = execution(1, ge=1, description="Checkpoint one block in this many.")
+    offload_activations: bool = execution(False, description="Keep what the backward pass needs of blocks in host memory.")
+    digest_every: int = execution(
+        100, ge=0, description="Steps between comparisons of what ranks that share samples hold; 0 never compares."
     )
     timeout: float = execution(600.0, gt=0, description="Longest wait in a collective, in seconds.")
 

@@ -5,14 +5,14 @@ weights may lie in one local file, and no public `config.json` describes them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from videofm.errors import CheckpointError, ConfigError
-from videofm.models.bind import refuse_split
+from videofm.models.bind import count_once
 from videofm.models.io import load_weights, read_weights
 from videofm.models.spec import KeyMap, Pair, ParallelOptions
 
@@ -60,19 +60,10 @@ class PlainAdapter(KeyMap):
         return self._config(**values)
 
 
-def whole(name: str) -> Callable[..., nn.Module]:
-    """The `parallelize` of a model called `name` that no degree splits."""
-
-    def parallelize(model: nn.Module, mesh: Any = None, options: ParallelOptions | None = None) -> nn.Module:
-        """`model`, unchanged; data parallelism is the engine's.
-
-        Raises:
-            ParallelError: `mesh` splits a sample or a model.
-        """
-        refuse_split(name, mesh)
-        return model
-
-    return parallelize
+def whole(model: nn.Module, mesh: Any = None, options: ParallelOptions | None = None) -> nn.Module:
+    """The `parallelize` of a model that sees whole clips on each rank: `model`, with gradients that context ranks share."""
+    count_once(model, mesh)
+    return model
 
 
 def frozen(model: nn.Module, weights: str | None, rule: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the `parallelize` of a model that runs whole on each device does: refuse a mesh that splits it, bind attention."""
+"""What the `parallelize` of several models does: bind attention to a backend and a strategy, and say how a gradient counts."""
 
 from __future__ import annotations
 
@@ -8,64 +8,89 @@ from typing import Any
 from torch import Tensor, nn
 
 from videofm.attention import AttentionSpec, choose
-from videofm.attention.strategies import none
-from videofm.errors import ParallelError
-from videofm.models.spec import ParallelOptions, split_degrees
+from videofm.attention.strategies import SequencePlace, none
+from videofm.models.recompute import treat_blocks
+from videofm.models.spec import ParallelOptions
+from videofm.registry import ATTENTION_STRATEGIES, lookup
 
 
-def refuse_split(name: str, mesh: Any) -> None:
-    """Refuse a mesh for a model called `name` that no degree splits; None is one process.
+def bind_blocks(model: Any, mesh: Any, options: ParallelOptions | None) -> SequencePlace | None:
+    """Bind self-attention and attention to the text in every block of a transformer, then compile or recompute its blocks.
 
-    Raises:
-        ParallelError: the mesh splits a sample or a model.
-    """
-    if degrees := split_degrees(mesh):
-        raise ParallelError(f"{name} runs whole on each device, but the mesh has {degrees}: set those degrees to 1.")
-
-
-def bind_blocks(model: Any, mesh: Any, options: ParallelOptions | None) -> None:
-    """Bind `self_attention` (not masked) and `cross_attention` (masked) of every block of a transformer.
+    Attention to the text stays on each rank: its keys are whole everywhere.
 
     Args:
-        model: a transformer on its device, with `blocks`, `proj_in` and a config with `num_heads` and `head_width`.
+        model: a transformer on its device, split over tensor ranks already, with `blocks`, `proj_in` and a config with
+            `num_heads` and `head_width`.
         mesh: None for one process.
-        options: backends and the dtype that they see; None chooses the best that works here.
+        options: backends, the dtype that they see, the strategy, and how blocks recompute; None chooses the best that works.
+
+    Returns:
+        Where this rank stands among those that share a sequence, for the model's `SequencePlan`; None where it is alone.
 
     Raises:
-        ConfigError: a backend cannot serve this model; the message has the reason.
-        ParallelError: `mesh` splits a sample or the model.
+        ConfigError: a backend cannot serve this model, or its blocks cannot be compiled or offloaded; with the reason.
+        ParallelError: the strategy cannot serve this model on this mesh.
     """
     options = options or ParallelOptions()
-    refuse_split(model.spec_name, mesh)
-    weight = model.proj_in.weight
-    heads, dtype = (model.config.num_heads, model.config.head_width), options.dtype or weight.dtype
-    attend = choose(options.attention, AttentionSpec(*heads, dtype, weight.device.type))
-    attend_text = choose(options.cross_attention, AttentionSpec(*heads, dtype, weight.device.type, has_mask=True))
+    weight, shares = model.proj_in.weight, getattr(mesh, "context_degree", 1) > 1
+    heads = (model.config.num_heads // getattr(mesh, "tensor_degree", 1), model.config.head_width)
+    kind = (options.dtype or weight.dtype, weight.device.type)
+    spec = AttentionSpec(*heads, *kind, needs_lse=shares)
+    backend = choose(options.attention, spec)
+    attend_text = none.wrap(choose(options.cross_attention, AttentionSpec(*heads, *kind, has_mask=True)))
+    place = SequencePlace(mesh.context_group, mesh.ulysses_group, mesh.ring_group) if shares else None
+    strategy = lookup(ATTENTION_STRATEGIES, choose_strategy(options.context_strategy, mesh), "attention strategy")
+    attend = strategy.wrap(backend, place, spec)
     for block in model.blocks:
-        block.self_attention.attend = none.wrap(attend)
-        block.cross_attention.attend = none.wrap(attend_text)
+        block.self_attention.attend, block.cross_attention.attend = attend, attend_text
+    treat_blocks(model.blocks, options)
+    return place
+
+
+def choose_strategy(name: str, mesh: Any) -> str:
+    """What `auto` means on `mesh`: Ulysses where all context ranks exchange heads, keys and values gathered where none do, both
+    ways joined in between. Any other name is itself; one process needs no strategy."""
+    if getattr(mesh, "context_degree", 1) == 1:
+        return "none"
+    if name != "auto":
+        return name
+    if mesh.ring_degree == 1:
+        return "ulysses"
+    return "unified" if mesh.ulysses_degree > 1 else "allgather_kv"
 
 
 def bind_single_head(
-    model: Any, attentions: Iterable[nn.Module], mesh: Any, options: ParallelOptions | None, has_mask: bool = False
+    model: Any, attentions: Iterable[nn.Module], options: ParallelOptions | None, has_mask: bool = False
 ) -> None:
-    """Bind the attention layers of a VAE, which have one head of the width of its coarsest level.
+    """Bind the attention layers of a VAE, which have one head of the width of its coarsest level, on each rank for itself.
 
     Args:
         model: a VAE on its device.
         attentions: modules with `attend`.
-        mesh: None for one process.
         options: the backend and the dtype that it sees; None chooses the best that works here.
         has_mask: whether they mask.
 
     Raises:
         ConfigError: the backend cannot serve this model; the message has the reason.
-        ParallelError: `mesh` splits a sample or the model.
     """
     options = options or ParallelOptions()
-    refuse_split(model.spec_name, mesh)
     weight: Tensor = model.last_layer
     spec = AttentionSpec(1, model.config.widths[-1], options.dtype or weight.dtype, weight.device.type, has_mask=has_mask)
     attend = none.wrap(choose(options.attention, spec))
     for attention in attentions:
         attention.attend = attend  # type: ignore[assignment]
+
+
+def count_once(model: nn.Module, mesh: Any) -> None:
+    """Let the gradients of a model that each context rank runs whole count once, where the engine sums them over those ranks.
+
+    This is for models at the end of the way, such as a discriminator: they see whole clips, so that each rank has the whole
+    gradient. One whose results enter a split model, such as a text encoder, gets a part on each rank already.
+    """
+    degree = getattr(mesh, "context_degree", 1)
+    if degree == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient / degree)

@@ -49,12 +49,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.contiguous() for key, tensor in _stored(model).items()}
 
 
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write `model.json` and `model.safetensors` into `folder`, which is created; returns it."""
+def save(model: nn.Module, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+    """Write `model.json` and `model.safetensors` into `folder`, which is created; returns it.
+
+    `tensors` is what `weights(model)` would be with whole tensors, for a model that holds shares of them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).write_text(json.dumps(describe(model), indent=2) + "\n")
-    save_file(weights(model), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights(model) if tensors is None else dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 

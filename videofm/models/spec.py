@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,13 +25,20 @@ _Rule = tuple[re.Pattern[str], str, Callable[[Tensor], Tensor]]
 class ParallelOptions:
     """How a model is laid out over devices, from the user's configuration.
 
-    `attention` and `cross_attention` are backends for self-attention (never masked) and for attention to text (masked);
-    `dtype` is the one that attention computes in (that of autocast), None for the dtype of the weights.
+    `attention` and `cross_attention` are backends for self-attention (never masked) and for attention to text (masked),
+    `context_strategy` is how self-attention crosses context ranks (see `bind.choose_strategy`);
+    `dtype` is the one that attention computes in (that of autocast), None for the dtype of the weights. The others are about
+    transformer blocks: `models.recompute.treat_blocks` does what they say, and models without such blocks have no use for them.
     """
 
     attention: str = "auto"
     cross_attention: str = "auto"
+    context_strategy: str = "auto"
     dtype: torch.dtype | None = None
+    compile: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    checkpoint_every_blocks: int = 1
+    offload_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,10 +181,3 @@ def list_all_keys(keys: Iterable[str], remarks: Mapping[str, str] | None = None)
         name = "".join(itertools.chain(*itertools.zip_longest(words, spans, fillvalue="")))
         listed.append(f"{name} ({len(numbers)}){remark}" if len(numbers) > 1 else name + remark)
     return ", ".join(listed)
-
-
-def split_degrees(mesh: Any) -> str:
-    """The degrees of `mesh` that split a sample or a model and are above 1, in words; empty when there is none or no mesh."""
-    names = ("context_degree", "tensor_degree", "pipe_degree")
-    degrees = {name: getattr(mesh, name, 1) for name in names}
-    return ", ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)

@@ -7,12 +7,14 @@ spec C.4). Nothing is added to the model, so one model learns text to video, ima
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from videofm.config.flow_matching import ConditioningConfig, InpaintingConfig
+from videofm.objectives.host import from_host
 from videofm.types import SampleRng
 
 MODES = ("first_frame", "first_and_last", "continuation", "inpainting")
@@ -60,7 +62,7 @@ def draw_given(config: ConditioningConfig, shape: tuple[int, int, int], rng: Sam
     if not any(share for mode, share in shares.items() if fits[mode]):
         return None
     draw = rng.uniform("conditioning_mode")
-    ends = torch.tensor(list(shares.values()), dtype=torch.float64, device=draw.device).cumsum(0)
+    ends = from_host(list(accumulate(shares.values())), draw.device, torch.float64)
     mode = torch.bucketize(draw.double(), ends, right=True)
     for unfit in (index for index, name in enumerate(MODES) if not fits[name]):
         mode = torch.where(mode == unfit, len(MODES), mode)
@@ -69,7 +71,7 @@ def draw_given(config: ConditioningConfig, shape: tuple[int, int, int], rng: Sam
     num_first = (first | last).long()
     if counts:
         choice = _below(rng.uniform("continuation"), len(counts))
-        num_first = torch.where(continuation, torch.tensor(counts, device=draw.device)[choice], num_first)
+        num_first = torch.where(continuation, from_host(counts, draw.device)[choice], num_first)
     frame = torch.arange(num_frames, device=draw.device)
     frames = (frame < num_first[:, None]) | ((frame == num_frames - 1) & last[:, None])  # (B, T)
     mask = rearrange(frames, "b t -> b t 1 1") | (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from videofm.config.flow_matching import FlowMatchingConfig
 from videofm.errors import ConfigError
 from videofm.objectives.conditioning import MODES, Given, draw_given, probabilities
+from videofm.objectives.host import from_host, on_host
 from videofm.objectives.noise_levels import ClipShape, NoiseLevelLaw
 from videofm.objectives.tokens import TokenBatch, draw_subset, loss_weight
 from videofm.ops.patchify import tokens_from_latents
@@ -37,15 +38,18 @@ class FlowMatchingObjective:
 
         The loss of a sample is a mean over its tokens that bear loss, so it does not depend on how many are given. `mse` is
         the same without weights, `sigma` the mean level of those tokens. Where anything is ever given, `given` is the share
-        of given tokens and `share_MODE` the share of samples in each mode. What a sample costs: `tokens`, `text_tokens` with
-        `padding_share`, the share of them that is padding, and `flops` where the model has a formula.
+        of given tokens and `share_MODE` the share of samples in each mode. `cut_text` is the share of captions that are longer
+        than the text encoder takes, `cut_clip` that of its second one where there are two. What a sample costs: `tokens`,
+        `text_tokens` with `padding_share`, the share of them that is padding, and `flops` where the model has a formula.
+
+        Nothing here waits for the device: what decides about shapes is known to the host.
 
         Draws, each keyed by sample: `posterior` (latents are sampled), `noise`, `sigma`, `caption` (dropout), and those of
         `draw_given` and `draw_subset`.
         """
         clean = self.encode(models["vae"], batch.video, rng)
         noise = rng.normal("noise", tuple(clean.shape[1:]))
-        captions = self.drop_captions(batch.captions, rng.uniform("caption"))
+        captions = self.drop_captions(batch.captions, on_host(rng).uniform("caption"))
         sigma = self.draw_sigma(clean, models["vae"].compression, rng)
         given = draw_given(self.config.conditioning, _cells(clean), rng)
         tokens = self.tokens(models, clean, noise, sigma, batch.fps, given)
@@ -59,6 +63,7 @@ class FlowMatchingObjective:
         total = (mse if weight is None else tokens.means(squares, weight)).sum()
         level = tokens.sigma if tokens.sigma.ndim == 1 else tokens.means(tokens.sigma[:, :, None])
         metrics = {"loss": total.detach(), "mse": mse.detach().sum(), "sigma": level.sum()}
+        metrics |= _cut_shares(models["text_encoder"], captions, total)
         return Loss(total, metrics | self._shares(given, tokens) | _cost(models["dit"], tokens, text))
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
@@ -141,7 +146,7 @@ class FlowMatchingObjective:
         return tokens.means(self.squared_errors(models["dit"], tokens, text))
 
     def drop_captions(self, captions: list[str], uniform: Tensor) -> list[str]:
-        """Captions with those whose draw lies below `caption_dropout` made empty."""
+        """Captions with those made empty whose draw lies below `caption_dropout`; the draws lie on the CPU."""
         dropped = (uniform < self.config.caption_dropout).tolist()
         return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 
@@ -153,10 +158,9 @@ class FlowMatchingObjective:
         distinct = sorted(set(captions))
         with nullcontext() if self.config.train_text_encoder else torch.no_grad():
             text: Conditioning = text_encoder.encode(distinct)
-        longest = int(text.mask.sum(dim=1).max()) if _padded_at_the_end(text.mask) else text.mask.shape[1]
+        longest = text.mask.shape[1] if text.longest is None else text.longest
         kept = -(-longest // _TEXT_MULTIPLE) * _TEXT_MULTIPLE
-        rows = torch.tensor([distinct.index(caption) for caption in captions], device=text.mask.device)
-        return text.trimmed(kept).rows(rows)
+        return text.trimmed(kept).rows(from_host([distinct.index(caption) for caption in captions], text.mask.device))
 
     def _shares(self, given: Given | None, tokens: TokenBatch) -> dict[str, Tensor]:
         """Sums over the samples for the log; the same names at every step, whatever was drawn."""
@@ -185,5 +189,7 @@ def _cost(dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> dict[str, T
     return {name: tokens.clean.new_full((), size * count) for name, count in counts.items()} | {"padding_share": padding}
 
 
-def _padded_at_the_end(mask: Tensor) -> bool:
-    return bool((mask[:, 1:] <= mask[:, :-1]).all())
+def _cut_shares(text_encoder: nn.Module, captions: list[str], like: Tensor) -> dict[str, Tensor]:
+    """How many captions each encoder of the text cuts; made on the device of `like`."""
+    cuts: dict[str, list[bool]] = text_encoder.cuts(captions)  # type: ignore[operator]
+    return {f"cut_{name}": like.new_full((), float(sum(found))) for name, found in cuts.items()}

@@ -3,10 +3,14 @@
 Streaming (Wan2.1, arXiv 2503.20314; spec E): the first chunk is padded in front, every later chunk is prefixed with what the
 previous one left over. With padded length T', kernel k and stride s there are `n = floor((T' - k) / s) + 1` outputs, and the
 last `T' - n * s` frames are the tail that the next chunk needs. The cache is an argument: a module keeps none.
+
+Layers ask the cache for what they need of the rest of the clip. Of a stream that is the past; where the chunks of a clip are
+computed at the same time by several processes (`videofm.models.vae.parallelize`) it is the rest, and nothing is out of reach.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -45,6 +49,44 @@ class ChunkCache:
         """The cache for the chunk after this one."""
         return ChunkCache(False, dict(self.tails), dict(self.shared))
 
+    def padded(self, conv: CausalConv3d, x: Tensor) -> Tensor:
+        """`x`, the input of `conv`, with all frames that its outputs see: of the chunks before, or padding.
+
+        Raises:
+            ConfigError: `conv` looks ahead, so that its outputs would have to wait for the next chunk.
+        """
+        if not conv.causal:
+            raise ConfigError("only a causal convolution can stream: this one was built with causal=False and looks ahead.")
+        x = conv.pad_time(x, *conv.reach) if self.is_first else torch.cat([self.tails[conv], x], dim=2)
+        num_outputs = (x.shape[2] - conv.kernel_size[0]) // conv.stride[0] + 1
+        # A copy: a view would keep the whole padded chunk in memory.
+        self.tails[conv] = x[:, :, max(0, num_outputs) * conv.stride[0] :].clone()
+        return x
+
+    def around(self, layer: nn.Module, x: Tensor, before: int, after: int) -> Surrounded:
+        """`x`, the input of `layer`, with so many frames before and after it, fewer at the ends of the clip.
+
+        Raises:
+            ConfigError: this is a stream, in which later frames are not there yet.
+        """
+        raise ConfigError(f"{type(layer).__name__} looks at later frames, so it cannot stream.")
+
+    def whole(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """All frames of the clip of which `x`, the input of `layer`, are some. Raises as `around`."""
+        raise ConfigError(f"{type(layer).__name__} looks at all frames, so it cannot stream.")
+
+    def of_all_chunks(self, values: Tensor) -> Tensor:
+        """`values`, of one shape for every chunk, of all chunks of the clip: `(P, ...)`. Raises as `around`."""
+        raise ConfigError("a norm over the clip needs all its frames, so it cannot stream.")
+
+
+@dataclass(frozen=True)
+class Surrounded:
+    """Frames of a chunk with their neighbours, `num_before` of them in front."""
+
+    frames: Tensor
+    num_before: int
+
 
 class CausalConv3d(nn.Conv3d):
     """Conv3d over `(B, C, T, H, W)` whose padding in time is chosen, and which can stream when it looks back only.
@@ -76,37 +118,38 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, stride, padding=(0, *inside))
         self.causal, self.time_padding, self.space_padding = causal, time_padding, space_padding
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many frames before and after the one it stands at an output sees."""
+        extra = self.kernel_size[0] - 1
+        return (extra, 0) if self.causal else (extra // 2, extra // 2)
+
     def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """Output frames of a clip, or those that a chunk completes (possibly none); outputs of chunks, concatenated, are those
         of the clip.
 
         Raises:
-            ConfigError: a cache for a convolution that is not causal, whose outputs would have to wait for the next chunk.
+            ConfigError: the cache of a stream for a convolution that looks ahead.
         """
-        if cache is None:
-            return self._convolve(self._pad_time(x))
-        if not self.causal:
-            raise ConfigError("only a causal convolution can stream: this one was built with causal=False and looks ahead.")
-        x = self._pad_time(x) if cache.is_first else torch.cat([cache.tails[self], x], dim=2)
-        num_outputs = (x.shape[2] - self.kernel_size[0]) // self.stride[0] + 1
-        # A copy: a view would keep the whole padded chunk in memory.
-        cache.tails[self] = x[:, :, max(0, num_outputs) * self.stride[0] :].clone()
-        return self._convolve(x) if num_outputs > 0 else self._no_frames(x)
+        x = self.pad_time(x, *self.reach) if cache is None else cache.padded(self, x)
+        if (missing := self.kernel_size[0] - x.shape[2]) > 0:
+            # No output, but one that hangs on the input: ranks that share a clip walk through one graph.
+            return self._convolve(torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], dim=2))[:, :, :0]
+        return self._convolve(x)
+
+    def pad_time(self, x: Tensor, before: int, after: int) -> Tensor:
+        """`x` with so many frames in front and behind: repeated, or zeros."""
+        if before == after == 0:
+            return x
+        if self.time_padding == "zeros":
+            return pad(x, (0, 0, 0, 0, before, after))
+        return _RepeatEnds.apply(x, before, after)
 
     def _convolve(self, x: Tensor) -> Tensor:
         x = self._pad_space(x)
         if _aten_is_slow(x):
             return _OneDnnConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
         return conv3d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
-
-    def _pad_time(self, x: Tensor) -> Tensor:
-        extra = self.kernel_size[0] - 1
-        if extra == 0:
-            return x
-        before = extra if self.causal else extra // 2
-        if self.time_padding == "zeros":
-            return pad(x, (0, 0, 0, 0, before, extra - before))
-        return _RepeatEnds.apply(x, before, extra - before)
 
     def _pad_space(self, x: Tensor) -> Tensor:
         if self.space_padding == "end":
@@ -115,14 +158,6 @@ class CausalConv3d(nn.Conv3d):
             height, width = self.kernel_size[1] // 2, self.kernel_size[2] // 2
             return pad(x, (width, width, height, height, 0, 0), mode="replicate")
         return x
-
-    def _no_frames(self, x: Tensor) -> Tensor:
-        one = self._pad_space(x[:, :, :1])
-        height, width = (
-            (one.shape[dim] + 2 * int(self.padding[dim - 2]) - self.kernel_size[dim - 2]) // self.stride[dim - 2] + 1
-            for dim in (3, 4)
-        )
-        return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
 
 
 class _RepeatEnds(torch.autograd.Function):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm as rms_norm_function
 from torch.nn.functional import silu
+
+if TYPE_CHECKING:
+    from videofm.ops.causal_conv import ChunkCache
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
@@ -65,10 +68,66 @@ def _modulated(x: Tensor, r: Tensor, shift: Tensor | None, scale: Tensor | None,
     return out if shift is None or scale is None else out.mul_(1 + scale).add_(shift)
 
 
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(mean over the last dim of x^2 + eps)` without weights, for tokens `(B, L, D)`."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+def rms_norm(x: Tensor, eps: float = 1e-6, weight: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """`x / sqrt(mean over the last dim of x^2 + eps) * weight + shift` for tokens `(B, L, D)`, in the dtype of `x`.
+
+    On CPU it is one function that keeps only x for the gradient and works in place, as `pixel_norm_silu`.
+
+    Args:
+        x: `(..., D)`.
+        eps: added to the mean square.
+        weight: broadcasts to `x`, as `(D,)` of a layer or `(B, 1, D)` of a sample's noise level; None is 1.
+        shift: the same; None is 0.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight, shift, eps)
+    y = rms_norm_function(x.float(), x.shape[-1:], eps=eps)
+    if weight is not None and shift is not None:
+        y = torch.addcmul(shift, y, weight)
+    elif weight is not None or shift is not None:
+        y = y * weight if weight is not None else y + shift
+    return y.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = rsqrt(mean x^2 + eps) and n = x r: y = n w + b. Kept are x and r `(..., 1)`.
+
+    Backwards, with g the gradient of y times w: that of x is r (g - n mean(n g)) = r g - x r^3 mean(x g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+        wide = _wide(x)
+        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, r, weight)
+        ctx.shift_shape = None if shift is None else shift.shape
+        y = wide * r
+        if weight is not None:
+            y.mul_(weight)
+        if shift is not None:
+            y.add_(shift)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, r, weight = ctx.saved_tensors
+        wide, grad = _wide(x), _wide(grads[0])
+        grad_x = grad_weight = grad_shift = None
+        if ctx.shift_shape is not None and ctx.needs_input_grad[2]:
+            grad_shift = grad.sum_to_size(ctx.shift_shape)
+        product = wide * grad
+        if weight is not None and ctx.needs_input_grad[1]:
+            grad_weight = (product * r).sum_to_size(weight.shape)
+        if ctx.needs_input_grad[0]:
+            mean = (product if weight is None else product.mul_(weight)).mean(dim=-1, keepdim=True)
+            grad_x = grad * r if weight is None else torch.mul(grad, weight, out=product).mul_(r)
+            grad_x = grad_x.addcmul_(wide, mean * r**3, value=-1).to(x.dtype)
+        return grad_x, grad_weight, grad_shift, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -76,7 +135,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> the same shape and dtype."""
-        return rms_norm_function(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        return rms_norm(x, eps, self.weight)
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -99,12 +159,36 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps)
         self.scope = scope
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` -> the same shape."""
+    def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
+        """`(B, C, T, H, W)` -> the same shape; with a cache, of one chunk of a clip.
+
+        Raises:
+            ConfigError: a norm over the clip, of which a stream has a part only.
+        """
         if x.device.type == "cpu":
             # torch 2.13: the backward pass of channels-last input crashes where only the weights need a gradient.
             x = x.contiguous()
         if self.scope == "clip":
-            return super().forward(x)
+            return super().forward(x) if cache is None else self._of_chunk(x, cache)
         frames = x.transpose(1, 2)  # (B, C, T, H, W) -> (B, T, C, H, W)
         return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+    def _of_chunk(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        """One chunk, normalised by the clip. Counts, means and variances of chunks are put together, which unlike sums of
+        squares loses nothing where the mean is large (Chan et al. 1983).
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide.unflatten(1, (self.num_groups, -1)).flatten(2), dim=2, correction=0)  # (B, G)
+        share = torch.full_like(mean, x[0, 0].numel())
+        shares, means, variances = cache.of_all_chunks(torch.stack([share, mean, variance])).unbind(dim=1)  # (P, B, G) each
+        shares = shares / shares.sum(dim=0)
+        mean = (shares * means).sum(dim=0)
+        variance = (shares * (variances + (means - mean).square())).sum(dim=0)
+        per_channel = x.shape[1] // self.num_groups
+        scale = torch.rsqrt(variance + self.eps).repeat_interleave(per_channel, dim=1) * self.weight  # (B, C)
+        shift = self.bias - mean.repeat_interleave(per_channel, dim=1) * scale
+        return torch.addcmul(_over_frames(shift), wide, _over_frames(scale)).to(x.dtype)
+
+
+def _over_frames(values: Tensor) -> Tensor:
+    return values[:, :, None, None, None]  # (B, C) -> (B, C, 1, 1, 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from einops import rearrange, repeat
@@ -27,10 +28,23 @@ SPAN = (20.0, 2048.0, 2048.0)
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of each token's angles, float32: `(B, L, D)`, or `(B, L, 1, K)` where heads are rotated alike."""
+    """Cosines and sines of each token's angles, float32: `(B, L, D)`, or `(B, L, 1, K)` where heads are rotated alike.
+
+    One table serves all layers of a step, and so does what is derived from it at first use.
+    """
 
     cos: Tensor
     sin: Tensor
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """`cos + i sin` of adjacent pairs, complex64 `(B, L, D / 2)`: what `rotate` multiplies by."""
+        return torch.view_as_complex(torch.stack([self.cos[..., ::2], self.sin[..., ::2]], dim=-1))
+
+    @cached_property
+    def signed_sin(self) -> Tensor:
+        """`sin`, negative for the first half of each axis' channels: what `rotate_halves` multiplies exchanged halves by."""
+        return _signed(self.sin)
 
 
 def video_coordinates(
@@ -88,9 +102,12 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """`x` `(B, L, D)` with each channel pair (2i, 2i+1) turned by its angle; computed in float32, returned in the dtype of
     `x`.
     """
-    even, odd = rearrange(x, "b l (d two) -> two b l d", two=2)
-    turned = rearrange([-odd, even], "two b l d -> b l (d two)")
-    return (x.float() * table.cos + turned.float() * table.sin).to(x.dtype)
+    if torch.compiler.is_compiling():  # which fuses this, and cannot fuse complex numbers
+        even, odd = rearrange(x, "b l (d two) -> two b l d", two=2)
+        turned = rearrange([-odd, even], "two b l d -> b l (d two)")
+        return (x.float() * table.cos + turned.float() * table.sin).to(x.dtype)
+    pairs = torch.view_as_complex(rearrange(x.float().contiguous(), "b l (d two) -> b l d two", two=2))
+    return rearrange(torch.view_as_real(pairs * table.turns), "b l d two -> b l (d two)").to(x.dtype)
 
 
 def cell_coordinates(shape: tuple[int, int, int], batch_size: int, device: torch.device | str | None = None) -> Tensor:
@@ -139,7 +156,18 @@ def cell_rotary_table(coordinates: Tensor, head_width: int, theta: float = 10000
 def rotate_halves(x: Tensor, table: RotaryTable) -> Tensor:
     """Every head of `x` `(B, L, N, K)` turned by the angles of its token; computed in float32, returned in the dtype of `x`."""
     wide = x.float()
-    sizes = [num_channels // 2 for num_channels in head_split(x.shape[-1]) for _ in range(2)]
+    sizes = [half for half in _halves(x.shape[-1]) for _ in range(2)]
     t1, t2, h1, h2, w1, w2 = wide.split(sizes, dim=-1)
-    turned = torch.cat([-t2, t1, -h2, h1, -w2, w1], dim=-1)
-    return (wide * table.cos + turned * table.sin).to(x.dtype)
+    exchanged = torch.cat([t2, t1, h2, h1, w2, w1], dim=-1)
+    sin = _signed(table.sin) if torch.compiler.is_compiling() else table.signed_sin
+    return torch.addcmul(wide * table.cos, exchanged, sin).to(x.dtype)
+
+
+def _signed(sin: Tensor) -> Tensor:
+    signs = [sin.new_full((half,), sign) for half in _halves(sin.shape[-1]) for sign in (-1.0, 1.0)]
+    return sin * torch.cat(signs)
+
+
+def _halves(head_width: int) -> list[int]:
+    """Half of the channels that each axis has of a head."""
+    return [num_channels // 2 for num_channels in head_split(head_width)]

@@ -1,9 +1,10 @@
 """From a prompt to a video: `generate(run_or_folder, prompts, ...)`, or a `Pipeline` that is kept."""
 
+from videofm.sampling.api import generate
 from videofm.sampling.conditioning import Condition, PixelCondition
 from videofm.sampling.guidance import Guidance
 from videofm.sampling.perturbation import Perturbation
-from videofm.sampling.pipeline import Pipeline, generate
+from videofm.sampling.pipeline import Pipeline
 from videofm.sampling.schedule import LinearQuadraticSchedule, Schedule, ShiftedSchedule
 from videofm.sampling.windows import Window
 

@@ -1,10 +1,10 @@
 """What of a video is given: a first frame, a last one, others between, or a clip to go on from (LTX-Video; spec C.5).
 
 A token has its own noise level. Given tokens start at `1 - strength` and wait there until the schedule has come down to it; at
-strength 1 they are data from the start and never move. What stands at frame 0 is written into the latents of the video. What
-stands later does not begin a latent frame of its own there: its first latent frame holds a single image, so its first two
-latent frames become additional tokens with the coordinates of that time, which are removed in the end, and the others are
-written in place.
+strength 1 they are data from the start and never move. What stands where the VAE begins anew (at frame 0; for Step-Video's at
+each chunk) is written into the latents of the video. What stands elsewhere does not begin a latent frame of its own there: its
+first latent frame holds a single image, so its first two latent frames become additional tokens with the coordinates of that
+time, which are removed in the end, and the others are written in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from videofm.errors import ConfigError
 from videofm.ops.patchify import tokens_from_latents
-from videofm.sampling.noise import derived_seed, initial_noise
+from videofm.sampling.noise import named_noise
+from videofm.sampling.solvers import Draw, Prepare
 from videofm.types import Compression
 
 _NUM_PREFIX = 2
@@ -47,6 +48,30 @@ class PixelCondition:
 
 
 AnyCondition = Condition | PixelCondition
+
+
+@dataclass(frozen=True)
+class FrameGrid:
+    """How pixel frames lie on latent frames.
+
+    `time` is the number of pixel frames of a latent frame, other than the first, which holds one. `chunk` is the number of
+    pixel frames after which the VAE begins anew, with a latent frame for one pixel frame again (Step-Video: 17); None where it
+    never does.
+    """
+
+    time: int
+    chunk: int | None = None
+
+    def position(self, frame: int) -> float:
+        """Where pixel frame `frame` lies, in latent frames from the first on; what begins there may lie between two."""
+        if self.chunk is None:
+            return frame / self.time
+        chunk, offset = divmod(frame, self.chunk)
+        return chunk * (1 + (self.chunk - 1) // self.time) + offset / self.time
+
+    def begins(self, frame: int) -> bool:
+        """Whether what begins at `frame` has the latents that the same frames have in the video."""
+        return frame == 0 or (self.chunk is not None and frame % self.chunk == 0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +125,7 @@ def place(
     noise: Tensor,
     conditions: Sequence[Condition],
     coordinates_of: Callable[[int, int], Tensor],
-    compression: Compression,
+    grid: FrameGrid,
     seeds: Sequence[int],
 ) -> Start:
     """Mix what is given with noise and say at which noise level each token starts.
@@ -109,7 +134,7 @@ def place(
         noise: `(B, C, T, H, W)`.
         conditions: what is given, frames counted from 0.
         coordinates_of: (latent frames, pixel frame of the first) -> `(B, 3, L)` of a clip of the size of the video.
-        compression: of the VAE.
+        grid: of the VAE.
         seeds: B generator seeds, for the noise of additional tokens.
 
     Raises:
@@ -123,14 +148,14 @@ def place(
     for number, condition in enumerate(conditions):
         given = condition.latents.to(noise).expand(len(noise), -1, -1, -1, -1)
         _check_shape(given, noise)
-        num_prefix = 0 if condition.frame == 0 else min(_NUM_PREFIX, given.shape[2])
+        num_prefix = 0 if grid.begins(condition.frame) else min(_NUM_PREFIX, given.shape[2])
         if num_prefix:
             shape = (given.shape[1], num_prefix, given.shape[3], given.shape[4])
-            own = initial_noise([derived_seed(seed, f"condition:{number}") for seed in seeds], shape).to(noise)
+            own = named_noise(seeds, f"condition:{number}", shape).to(noise)
             mixed = torch.lerp(own, given[:, :, :num_prefix], condition.strength)
             level = mixed.new_full((len(noise), mixed[0, 0].numel()), 1 - condition.strength)
             more.append(Start(tokens_from_latents(mixed), coordinates_of(num_prefix, condition.frame), level))
-        _write(latents, ceilings, condition, given, num_prefix, compression)
+        _write(latents, ceilings, condition, given, num_prefix, grid)
     return Start(
         torch.cat([tokens_from_latents(latents), *(start.tokens for start in more)], dim=1),
         torch.cat([coordinates, *(start.coordinates for start in more)], dim=2),
@@ -138,15 +163,37 @@ def place(
     )
 
 
+def noise_on_given(start: Start, sigmas: Tensor, scale: float, draw: Draw) -> Prepare | None:
+    """Before each step, new noise on the tokens that are given at strength 1: `scale * sigma ** 2` of it, as
+    `image_cond_noise_scale` of `LTXConditionPipeline`; for more motion. The model is not told, and, as there, that of the last
+    step stays in the video. None where no noise is wanted or nothing is given.
+
+    Args:
+        start: what is given.
+        sigmas: `(num_steps + 1,)` of the schedule.
+        scale: 0 is off; the default of diffusers is 0.15.
+        draw: noise of the steps, of the shape of `start.tokens`.
+    """
+    if start.ceilings is None or scale == 0:
+        return None
+    given = (start.ceilings == 0)[:, :, None]
+    scales = (scale * sigmas.square()).tolist()
+
+    def prepare(number: int, state: Tensor) -> Tensor:
+        return torch.where(given, start.tokens + scales[number] * draw(number), state)
+
+    return prepare
+
+
 def coordinates_at(
-    dit: nn.Module, shape: tuple[int, int, int], fps: Tensor, compression: Compression, causal_fix: bool, frame: int
+    dit: nn.Module, shape: tuple[int, int, int], fps: Tensor, compression: Compression, causal_fix: bool, position: float
 ) -> Tensor:
-    """`dit.coordinates` of a clip of `shape` (T, H, W) latent cells that begins at pixel frame `frame`; `(B, 3, L)`."""
+    """`dit.coordinates` of a clip of `shape` (T, H, W) latent cells that begins at latent frame `position`; `(B, 3, L)`."""
     coordinates = dit.coordinates(shape, fps, compression, causal_fix)
-    if frame == 0:
+    if position == 0:
         return coordinates
     times = dit.coordinates((2, 1, 1), fps, compression)[:, 0]  # (B, 2): what one latent frame is along the axis of time
-    shift = (times[:, 1] - times[:, 0]) * (frame / compression.time)
+    shift = (times[:, 1] - times[:, 0]) * position
     return torch.cat([coordinates[:, :1] + shift[:, None, None], coordinates[:, 1:]], dim=1)
 
 
@@ -158,19 +205,18 @@ def _check_shape(given: Tensor, noise: Tensor) -> None:
         )
 
 
-def _write(
-    latents: Tensor, ceilings: Tensor, condition: Condition, given: Tensor, num_prefix: int, compression: Compression
-) -> None:
+def _write(latents: Tensor, ceilings: Tensor, condition: Condition, given: Tensor, num_prefix: int, grid: FrameGrid) -> None:
     """Write the latent frames from `num_prefix` on into `latents`, and their noise level into `ceilings`."""
     if given.shape[2] == num_prefix:
         return
-    if condition.frame % compression.time:
-        below = condition.frame // compression.time * compression.time
+    period = grid.chunk or grid.time
+    if condition.frame % period:
+        below = condition.frame // period * period
         raise ConfigError(
             f"a clip of {given.shape[2]} latent frames is given from frame {condition.frame} on; it has to begin at a multiple "
-            f"of {compression.time}: {below} or {below + compression.time}."
+            f"of {period}: {below} or {below + period}."
         )
-    first = condition.frame // compression.time + num_prefix
+    first = int(grid.position(condition.frame)) + num_prefix
     part = slice(first, first + given.shape[2] - num_prefix)
     if bool((ceilings[:, :, part] < 1).any()):
         raise ConfigError(f"two conditions give the frames from {condition.frame} on: give each frame once.")

@@ -32,6 +32,12 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int, int], draw: 
     return torch.stack([_draws(seed, shape, draw) for seed in seeds])
 
 
+def named_noise(seeds: Sequence[int], name: str, shape: Sequence[int]) -> Tensor:
+    """Unit Gaussian `(B, *shape)` float32 on the CPU, row i from `seeds[i]` for the draw called `name`."""
+    generators = [torch.Generator().manual_seed(derived_seed(seed, name)) for seed in seeds]
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+
+
 def _draws(seed: int, shape: tuple[int, int, int, int], draw: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draw):

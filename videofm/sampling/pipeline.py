@@ -1,10 +1,11 @@
-"""Prompt to video, with the models of a training run, of a checkpoint or of an exported folder."""
+"""Prompts to videos, with models that are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,26 @@ from videofm.run_dir import read_json
 from videofm.sampling.conditioning import (
     AnyCondition,
     Condition,
+    FrameGrid,
     PixelCondition,
+    Start,
     content,
     coordinates_at,
     located,
+    noise_on_given,
     place,
     rows,
 )
 from videofm.sampling.guidance import Guidance, guided_velocity
-from videofm.sampling.images import ImageSource, fitted, is_image, read_image
-from videofm.sampling.noise import derived_seed, initial_noise, video_seed
+from videofm.sampling.noise import derived_seed, initial_noise, named_noise, video_seed
 from videofm.sampling.schedule import Schedule, SigmaSchedule
 from videofm.sampling.settings import SamplingSettings
 from videofm.sampling.solvers import SOLVERS, capped
+from videofm.sampling.source import models_folder, trained_with_causal_fix
 from videofm.sampling.windows import in_window, spans
 from videofm.types import Conditioning
+
+__all__ = ["Pipeline", "evaluating", "models_folder"]
 
 _COMPONENTS = {"dit": "transformer", "vae": "vae", "text_encoder": "text_encoder"}
 """Roles of a training run, and what diffusers calls them in an exported folder."""
@@ -42,12 +48,15 @@ _DEFAULT_SCALE = 3.0
 
 @dataclass
 class Pipeline:
-    """What it takes to make videos: `dit`, `vae` and `text_encoder` on one device, and the schedule of noise levels."""
+    """What it takes to make videos: `dit`, `vae` and `text_encoder` on one device, the schedule of noise levels, and whether
+    the `dit` was trained with `objective.causal_fix`.
+    """
 
     dit: nn.Module
     vae: nn.Module
     text_encoder: nn.Module
     schedule: SigmaSchedule = field(default_factory=Schedule)
+    causal_fix: bool = False
 
     @classmethod
     def load(
@@ -70,7 +79,7 @@ class Pipeline:
         Raises:
             CheckpointError: `path` is missing, or holds no DiT, VAE and text encoder.
         """
-        path = models_folder(path)
+        causal_fix, path = trained_with_causal_fix(path), models_folder(path)
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: give a training run of a DiT, a checkpoint, or an exported folder.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +92,7 @@ class Pipeline:
         scheduler = path / "scheduler" / "scheduler_config.json"
         if schedule is None and scheduler.exists():
             schedule = Schedule.from_public(read_json(scheduler))
-        return cls(**models, schedule=schedule or Schedule())
+        return cls(**models, schedule=schedule or Schedule(), causal_fix=causal_fix)
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> Tensor:
         """One video for each prompt, `(B, 3, T, H, W)` float32 in [-1, 1] on the CPU; takes what `stream` takes."""
@@ -121,8 +130,7 @@ class Pipeline:
         wanted = settings or _settings(guidance_scale, fields)
         placed = [located(condition, self._num_given(condition), wanted.num_frames, len(prompts)) for condition in conditions]
         self._check(wanted, placed)
-        if num_cut := self.num_cut_prompts(prompts, wanted.prompt_suffix):
-            LOG.warning("%d of %d prompts are longer than the text encoder takes; their ends are cut", num_cut, len(prompts))
+        self._warn_of_cuts(prompts, wanted.prompt_suffix)
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             texts = [prompt + wanted.prompt_suffix for prompt in prompts[part]]
@@ -132,9 +140,16 @@ class Pipeline:
             yield videos
 
     def num_cut_prompts(self, prompts: Sequence[str], suffix: str = "") -> int:
-        """How many of `prompts`, with `suffix` behind them, have more tokens than the text encoder takes."""
-        lengths = self.text_encoder.num_tokens([prompt + suffix for prompt in prompts])
-        return sum(length > self.text_encoder.config.max_length for length in lengths)
+        """How many of `prompts`, with `suffix` behind them, have more tokens than a text encoder takes."""
+        cuts = self.text_encoder.cuts([prompt + suffix for prompt in prompts])
+        return sum(any(prompt) for prompt in zip(*cuts.values(), strict=True))
+
+    def _warn_of_cuts(self, prompts: Sequence[str], suffix: str) -> None:
+        for name, found in self.text_encoder.cuts([prompt + suffix for prompt in prompts]).items():
+            if any(found):
+                encoder = "text encoder" if name == "text" else f"{name} text encoder"
+                message = "%d of %d prompts are longer than the %s takes; their ends are cut"
+                LOG.warning(message, sum(found), len(prompts), encoder)
 
     @torch.no_grad()
     def _sample(
@@ -146,8 +161,9 @@ class Pipeline:
         on_step: Callable[[], None] | None,
     ) -> Tensor:
         """One batch of videos, window by window."""
-        positive = self._encode_text(texts)
-        negative = self._encode_text([settings.negative_prompt] * len(texts)) if settings.guidance.scale != 1 else positive
+        positive = negative = self._encode_text(texts, settings.masked_text)
+        if settings.guidance.scale != 1:
+            negative = self._encode_text([settings.negative_prompt] * len(texts), settings.masked_text)
         video: Tensor | None = None
         for number, (frames, inside) in enumerate(self._windows(settings, conditions)):
             overlap = 0
@@ -173,20 +189,37 @@ class Pipeline:
         """Videos of the length that the model makes at once."""
         cells = self._latent_shape(settings.num_frames, settings.height, settings.width)
         num_tokens = cells[0] * cells[1] * cells[2]
-        device, compression = next(self.dit.parameters()).device, self.vae.compression
+        start = self._start(cells, seeds, conditions, settings)
+        sigmas = (settings.schedule or self.schedule).sigmas(settings.num_steps, num_tokens)
+        levels = sigmas if start.ceilings is None else capped(sigmas, start.ceilings)
+
+        def drawn(name: str, number: int) -> Tensor:
+            return named_noise(seeds, f"{name}:{number}", start.tokens.shape[1:]).to(start.tokens)
+
+        velocity = guided_velocity(self.dit, positive, negative, start.coordinates, settings.guidance)
+        prepare = noise_on_given(start, sigmas, settings.condition_noise_scale, partial(drawn, "condition_noise"))
+        solve = SOLVERS[settings.solver](partial(drawn, "step"))
+        tokens = solve(velocity, start.tokens, levels, on_step, prepare)[:, :num_tokens]
+        return self.decode(latents_from_tokens(tokens, cells), seeds, settings.decode_sigma, settings.noise_scale)
+
+    def _start(
+        self,
+        cells: tuple[int, int, int],
+        seeds: list[int],
+        conditions: list[AnyCondition],
+        settings: SamplingSettings,
+    ) -> Start:
+        """Noise of `cells` (T, H, W) for the videos of `seeds`, and in it what is given."""
+        device, grid = next(self.dit.parameters()).device, self._grid()
         fps = torch.full((len(seeds),), settings.fps, device=device)
+        causal_fix = self.causal_fix if settings.causal_fix is None else settings.causal_fix
 
         def coordinates_of(num_latent_frames: int, frame: int) -> Tensor:
             shape = (num_latent_frames, *cells[1:])
-            return coordinates_at(self.dit, shape, fps, compression, settings.causal_fix, frame)
+            return coordinates_at(self.dit, shape, fps, self.vae.compression, causal_fix, grid.position(frame))
 
         noise = initial_noise(seeds, (self.vae.latent_channels, *cells)).to(device)
-        start = place(noise, [self._encoded(condition) for condition in conditions], coordinates_of, compression, seeds)
-        sigmas = (settings.schedule or self.schedule).sigmas(settings.num_steps, num_tokens)
-        levels = sigmas if start.ceilings is None else capped(sigmas, start.ceilings)
-        velocity = guided_velocity(self.dit, positive, negative, start.coordinates, settings.guidance)
-        tokens = SOLVERS[settings.solver](velocity, start.tokens, levels, on_step)[:, :num_tokens]
-        return self.decode(latents_from_tokens(tokens, cells), seeds, settings.decode_sigma, settings.noise_scale)
+        return place(noise, [self._encoded(condition) for condition in conditions], coordinates_of, grid, seeds)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, seeds: Sequence[int], sigma: float = 0.0, noise_scale: float = 0.0) -> Tensor:
@@ -217,9 +250,10 @@ class Pipeline:
             return torch.cat(videos).float().clamp(-1, 1).cpu()
         return self.vae.decode(raw, level).float().clamp(-1, 1).cpu()
 
-    def _encode_text(self, texts: list[str]) -> Conditioning:
+    def _encode_text(self, texts: list[str], masked: bool | None) -> Conditioning:
         """The texts, in the dtype that the DiT computes in."""
-        found, dtype = self.text_encoder.encode(texts), next(self.dit.parameters()).dtype
+        how = {} if masked is None else {"masked": masked}
+        found, dtype = self.text_encoder.encode(texts, **how), next(self.dit.parameters()).dtype
         clip = None if found.clip_embeddings is None else found.clip_embeddings.to(dtype)
         return Conditioning(found.embeddings.to(dtype), found.mask, clip)
 
@@ -247,6 +281,11 @@ class Pipeline:
 
     def _check(self, settings: SamplingSettings, conditions: Sequence[AnyCondition]) -> None:
         """Refuse what cannot be made, before anything is made."""
+        if settings.masked_text is not None and not hasattr(self.text_encoder.config, "masked"):
+            raise ConfigError(
+                f"masked_text is {settings.masked_text}, but {self.text_encoder.spec_name} hides its padding in the one way "
+                "that its transformer was trained with: leave it out."
+            )
         self._check_decoder(settings.decode_sigma, settings.noise_scale)
         for frames, _ in self._windows(settings, conditions):
             self._latent_shape(len(frames), settings.height, settings.width)
@@ -276,77 +315,12 @@ class Pipeline:
             return False
 
     def _frame_rule(self) -> str:
+        chunk = self._grid().chunk
+        return f"1 + {self.vae.chunk_frames} * n" if chunk is None else f"1 or {chunk} * n"
+
+    def _grid(self) -> FrameGrid:
         chunk = self.vae.chunk_frames
-        return f"1 + {chunk} * n" if self._whole(1 + chunk) else f"1 or {chunk} * n"
-
-
-def generate(
-    run_or_folder: str | Path,
-    prompts: str | Sequence[str],
-    seed: int = 0,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    fps: float = 25.0,
-    num_steps: int = 30,
-    guidance_scale: float | None = None,
-    ema: bool = True,
-    batch_size: int = 16,
-    device: str | torch.device | None = None,
-    *,
-    image: ImageSource | Sequence[ImageSource] | None = None,
-    conditions: Sequence[AnyCondition] = (),
-    fit: str | None = None,
-    guidance: Guidance | None = None,
-    schedule: SigmaSchedule | None = None,
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> Tensor:
-    """Videos for `prompts` with the model at `run_or_folder`: `(B, 3, T, H, W)` float32 in [-1, 1].
-
-    Args:
-        run_or_folder: training run of a DiT, checkpoint of it, or exported folder.
-        prompts: a caption, or several.
-        num_frames, height, width: of the videos; None takes the size of the training clips (of a run; an exported folder
-            does not know it).
-        seed, fps, num_steps, batch_size: as in `Pipeline.stream`.
-        guidance_scale: classifier-free guidance, 1 is off; None takes 3, or what `guidance` says.
-        ema: use the moving average of the weights.
-        device: where to compute; None takes CUDA where there is one.
-        image: first frame of all videos, or a list with one for each prompt.
-        conditions: other parts of the videos that are given.
-        fit: what to do with an image of another shape, see `images.fitted`.
-        guidance: all of it, in place of `guidance_scale`.
-        schedule: noise levels; None takes the model's own.
-        dtype: of the weights.
-        settings: further fields of `SamplingSettings`.
-
-    Raises:
-        CheckpointError: there is no such model.
-        ConfigError: a size that the model cannot make, or none given and none known; an image of another shape.
-        DataError: an image that cannot be read.
-    """
-    pipeline = Pipeline.load(run_or_folder, ema=ema, device=device, schedule=schedule, dtype=dtype)
-    given = {"num_frames": num_frames, "height": height, "width": width}
-    size = given if None not in given.values() else _training_size(Path(run_or_folder), given)
-    if image is not None:
-        sources: list[Any] = [image] if is_image(image) else list(image)  # type: ignore[arg-type]
-        to = (int(size["height"] or 0), int(size["width"] or 0), pipeline.vae.compression, fit)
-        first = PixelCondition(torch.cat([fitted(read_image(source), *to) for source in sources]))
-        conditions = [first, *conditions]
-    if guidance is not None:
-        settings["guidance"] = guidance
-    return pipeline.generate(
-        [prompts] if isinstance(prompts, str) else prompts,
-        conditions=conditions,
-        fps=fps,
-        seed=seed,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        **size,
-        **settings,
-    )
+        return FrameGrid(self.vae.compression.time, None if self._whole(1 + chunk) else chunk)
 
 
 def _settings(guidance_scale: float | None, fields: dict[str, Any]) -> SamplingSettings:
@@ -361,16 +335,6 @@ def _generator(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(derived_seed(seed, "decoder"))
 
 
-def models_folder(path: str | Path) -> Path:
-    """`path`, or what it wrote where it is the run directory of an `export` stage."""
-    path = Path(path)
-    if (path / "lineage.json").exists():
-        config = read_json(path / "config.yaml")
-        if config.get("kind") == "export":
-            return Path(config["output"])
-    return path
-
-
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Switch `modules` to eval mode, and afterwards every submodule back to the mode it was in."""
@@ -382,15 +346,3 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _training_size(path: Path, given: dict[str, int | None]) -> dict[str, Any]:
-    # A checkpoint lies in RUN/checkpoints/step_N: its run is two levels up.
-    for folder in (path, *path.resolve().parents[:2]):
-        if (folder / "lineage.json").exists():
-            data = read_json(folder / "config.yaml").get("data", {})
-            size = {name: value or data.get(name) for name, value in given.items()}
-            if all(size.values()):
-                return size
-    unknown = ", ".join(name for name, value in given.items() if value is None)
-    raise ConfigError(f"{path} does not say how large its clips are: pass {unknown}.")

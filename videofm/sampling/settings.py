@@ -30,7 +30,10 @@ class SamplingSettings:
         decode_sigma: noise level that the decoder is told, where it takes one.
         decode_noise_scale: share of noise mixed into the raw latents before decoding, as `LTXPipeline` does; None takes
             `decode_sigma`.
-        causal_fix: coordinates of latent frames as in `LTXConditionPipeline`, see `ops.rope.video_coordinates`.
+        causal_fix: coordinates of latent frames as in `LTXConditionPipeline`, see `ops.rope.video_coordinates`; None takes what
+            the pipeline's models were trained with.
+        condition_noise_scale: noise on what is given at strength 1, see `conditioning.noise_on_given`; 0 is off.
+        masked_text: hide padding from the text encoder, as `LTXConditionPipeline` does; None does as in training.
     """
 
     num_frames: int
@@ -47,7 +50,9 @@ class SamplingSettings:
     window: Window | None = None
     decode_sigma: float = 0.0
     decode_noise_scale: float | None = None
-    causal_fix: bool = False
+    causal_fix: bool | None = None
+    condition_noise_scale: float = 0.0
+    masked_text: bool | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -78,4 +83,6 @@ class SamplingSettings:
             decode_sigma=config.decode_sigma,
             decode_noise_scale=config.decode_noise_scale,
             causal_fix=config.causal_fix,
+            condition_noise_scale=config.condition_noise_scale,
+            masked_text=config.masked_text,
         )

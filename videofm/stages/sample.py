@@ -25,8 +25,8 @@ from videofm.run_dir import RunDirectory, write_atomic
 from videofm.sampling import Pipeline, PixelCondition
 from videofm.sampling.images import fitted, last_frames, read_image
 from videofm.sampling.noise import video_seed
-from videofm.sampling.pipeline import models_folder
 from videofm.sampling.settings import SamplingSettings
+from videofm.sampling.source import models_folder
 from videofm.sampling.windows import spans
 from videofm.stages.diffusers_process import run_diffusers
 from videofm.types import Compression

@@ -6,6 +6,7 @@ from typing import Any
 
 from launch import local
 from videofm.config.train import TrainConfig
+from videofm.parallel.layout import layout_of
 from videofm.run_dir import RunDirectory
 
 
@@ -19,6 +20,6 @@ def run(config: TrainConfig, run: RunDirectory) -> dict[str, Any]:
         Interrupted: a stop was asked for, and everything is saved.
         VideofmError: a rank failed.
     """
-    local.submit(run, config.parallel.data_degree).wait()
+    local.submit(run, layout_of(config.parallel).world_size).wait()
     rows = run.metrics()
     return {"last": rows[-1]} if rows else {}

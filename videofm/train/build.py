@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +16,14 @@ from videofm.config.train import ModelConfig, TrainConfig
 from videofm.data.buckets import describe_steps
 from videofm.data.loader import StepLoader
 from videofm.errors import ConfigError, ParallelError
+from videofm.parallel.layout import layout_of
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.rng import derive_seed
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
 from videofm.train.engine import PhaseEngine
 from videofm.train.optim import MovingAverage
+from videofm.train.zero import check_offload, check_scaling
 from videofm.types import Objective
 
 
@@ -53,6 +56,9 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
         )
     if check := getattr(objective, "check", None):
         check(models_)
+    check_scaling(config.parallel, mesh)
+    _check_tensor_ranks(config, {role: models_[role] for role in trained_roles(objective)})
+    _check_blocks(config, {role: models_[role] for role in trained_roles(objective)})
     # Dropout and the like belong to the objective, keyed by sample; modules stay deterministic.
     for role, model in models_.items():
         trained = role in trained_roles(objective)
@@ -73,12 +79,50 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, role: str) -> None:
-    dtype = torch.bfloat16 if config.trainer.precision == "bf16_autocast" else None
-    chosen = config.models.get(role)
-    options = models.ParallelOptions(dtype=dtype)
+    chosen, parallel = config.models.get(role), config.parallel
+    options = models.ParallelOptions(
+        context_strategy=parallel.context_strategy,
+        dtype=torch.bfloat16 if config.trainer.precision == "bf16_autocast" else None,
+        compile=config.trainer.compile,
+        activation_checkpointing=parallel.activation_checkpointing,
+        checkpoint_every_blocks=parallel.checkpoint_every_blocks,
+        offload_activations=parallel.offload_activations,
+    )
     if chosen is not None:
-        options = models.ParallelOptions(chosen.attention, chosen.cross_attention, dtype)
+        options = replace(options, attention=chosen.attention, cross_attention=chosen.cross_attention)
     models.model_spec(model.spec_name).parallelize(model, mesh, options)
+
+
+def _check_tensor_ranks(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
+    """Refuse tensor ranks where nothing that is trained is split over them: all of them would do the same."""
+    degree = config.parallel.tensor_degree
+    if degree > 1 and not split_heads(trained):
+        raise ParallelError(
+            f"parallel.tensor_degree is {degree}, but {', '.join(sorted(trained))} cannot be split over tensor ranks: they would "
+            "all do the same work. Set it to 1, and raise data_degree or context_degree instead."
+        )
+
+
+def _check_blocks(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
+    """Refuse options about blocks of a transformer where nothing that is trained has any, and to compile what communicates."""
+    parallel = config.parallel
+    wanted = {
+        "trainer.compile": config.trainer.compile,
+        "parallel.activation_checkpointing": parallel.activation_checkpointing != "none",
+        "parallel.offload_activations": parallel.offload_activations,
+    }
+    names = [name for name, is_set in wanted.items() if is_set]
+    if names and not split_heads(trained):
+        raise ConfigError(
+            f"{', '.join(names)}: this is about blocks of a transformer, and {', '.join(sorted(trained))} has none. "
+            "Leave it out."
+        )
+    layers = "parallel.zero_stage 3" if parallel.zero_stage == 3 else f"parallel.tensor_degree {parallel.tensor_degree}"
+    if config.trainer.compile and (parallel.zero_stage == 3 or parallel.tensor_degree > 1):
+        raise ConfigError(
+            f"trainer.compile with {layers}: layers talk to other ranks in the middle of a block, which cannot be compiled. "
+            "Set trainer.compile to false, or take ZeRO stage 2 and tensor_degree 1."
+        )
 
 
 def build_objective(config: TrainConfig) -> Objective:
@@ -169,9 +213,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def split_heads(built: Mapping[str, nn.Module]) -> list[int]:
+    """Heads of the models whose attention context ranks share, a number a model."""
+    transformers: list[Any] = [model for model in built.values() if str(model.spec_name).startswith("dit/")]
+    return [int(model.config.num_heads) for model in transformers]
+
+
 def dry_run(config: TrainConfig) -> str:
-    """Build what can be built without weights or data, and say what it is: roles, parameters, samples of a step."""
+    """Build what can be built without weights or data, and say what it is: roles, parameters, samples of a step, the mesh."""
     objective = build_objective(config)
+    check_offload(config.parallel)
     lines = []
     for role, model_config in config.models.items():
         source = model_config.path or model_config.init_from or model_config.overrides.get("path")
@@ -187,6 +238,6 @@ def dry_run(config: TrainConfig) -> str:
         lines.append(f"{told}, {state}" if state else told)
     lines.append(
         f"{config.trainer.max_steps} steps of {describe_steps(config.data)}"
-        f" on {config.parallel.data_degree} processes, ZeRO stage {config.parallel.zero_stage}, {config.trainer.precision}"
+        f" on {layout_of(config.parallel).describe()}, ZeRO stage {config.parallel.zero_stage}, {config.trainer.precision}"
     )
     return "\n".join(lines)

@@ -1,39 +1,39 @@
-"""One phase of training through DeepSpeed: the trained roles, their optimizer, and the one place that scales the loss.
+"""One phase of training through DeepSpeed: the trained roles, their optimizer, the norm and the fate of each step.
 
-DeepSpeed reduces gradients and shards state (ZeRO). What it averages we undo here: an objective returns the *sum* over the
-local samples, and the gradient must be that of the mean over all samples of the step, however they are spread.
+DeepSpeed reduces gradients and shards state (ZeRO). An objective returns the *sum* over the local samples, and the gradient
+must be that of the mean over all samples of the step, however they and their tokens are spread: `zero.summed` sees to that.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from videofm.config.train import TrainConfig
 from videofm.errors import VideofmError
+from videofm.parallel.collectives import naming
 from videofm.parallel.mesh import Mesh
-from videofm.parallel.mpu import DeepSpeedMpu
 from videofm.parallel.rng import KeyedRng
+from videofm.parallel.shards import gather_tensor
 from videofm.progress import LOG
 from videofm.train.busy import BusyTime
 from videofm.train.optim import GradientClip, parameter_groups, take_shard
+from videofm.train.zero import (
+    combine_grad_norm_groups,
+    engine_config,
+    initialize,
+    is_model_parallel_parameter,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+    summed,
+)
 from videofm.types import Batch, Objective
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.runtime.utils import combine_grad_norm_groups
-    from deepspeed.utils import logger as deepspeed_logger
-    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -107,11 +107,10 @@ class PhaseEngine:
             eps=self.optimizer_config.eps,
             fused=True,
         )
-        prepare_deepspeed(mesh.device)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=self._deepspeed_config(), mpu=DeepSpeedMpu(),
-            dist_init_required=False,
-        )  # fmt: skip
+        data, grad_clip = config.data, self.optimizer_config.grad_clip
+        num_micro_batches = data.num_micro_batches // mesh.data_degree
+        settings = engine_config(config.parallel, mesh.device, data.micro_batch_size, num_micro_batches, grad_clip)
+        self.engine = initialize(self.module, optimizer, settings, mesh.device)
         self._shares_models = len(objective.phases) > 1 or bool(self.optimizer_config.groups)
         self._grad_norm = 0.0
         self._guard_steps()
@@ -128,23 +127,23 @@ class PhaseEngine:
         """
         self._set_rates(lr, batches[0].step)
         self._set_clip(self.clip.limit)
-        prepared = self.module.prepare(batches, self.mesh.sum)
+        prepared = self.module.prepare(batches, self.mesh.sum_gradients)
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index + 1 == len(batches))
-            with self.busy.piece():
+            with self.busy.piece(), naming("forward pass", self.mesh.sample_group):
                 total, metrics = self.engine(batch, prepared)
-            # DeepSpeed averages over the ranks of the gradient group; a sum is wanted.
-            scaled = total * (self.config.parallel.data_degree / batch.num_step_samples)
-            self.engine.backward(scaled, scale_wrt_gas=False)
+            with naming("backward pass", self.mesh.gradient_group):
+                self.engine.backward(summed(total, self.mesh, batch.num_step_samples), scale_wrt_gas=False)
             for name, value in {"loss": total, **metrics}.items():
                 share = value.detach().float() / batch.num_step_samples
                 sums[name] = sums[name] + share if name in sums else share
             if index + 1 == len(batches):
                 means = self._all_means(sums)
                 self._refuse_non_finite(means, batch.step)
-            self._before_step()
-            self.engine.step()
+            with naming("optimizer step", self.mesh.gradient_group):
+                self._before_step()
+                self.engine.step()
         skipped = self._judged(batches[0].step)
         return {**means, "grad_norm": self._grad_norm, "skipped": float(skipped), "num_skipped": self.clip.num_skipped}
 
@@ -168,7 +167,7 @@ class PhaseEngine:
                     if self._stage == 0
                     else safe_get_full_optimizer_state(parameter, moment)
                 )
-                state[f"{moment}.{name}"] = value.detach().cpu().clone()
+                state[f"{moment}.{name}"] = gather_tensor(parameter, value.detach()).cpu().clone()
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
@@ -180,13 +179,12 @@ class PhaseEngine:
         self._link_optimizer_state()
         for name, parameter in self.named_parameters.items():
             for moment in MOMENTS:
-                value = state[f"{moment}.{name}"].to(self.mesh.device)
+                # DeepSpeed's setter for whole tensors fails at stage 3 where a size does not divide by the ranks.
+                value = take_shard(parameter, state[f"{moment}.{name}"].to(self.mesh.device), self.mesh.gradient_group)
                 if self._stage == 0:
                     self._base.state[parameter][moment].copy_(value)
                 elif self._stage == 3:
-                    # DeepSpeed's setter for whole tensors fails where a size does not divide by the ranks.
-                    shard = take_shard(parameter, value, self.mesh.gradient_group)
-                    safe_set_local_optimizer_state(parameter, shard, moment)
+                    safe_set_local_optimizer_state(parameter, value, moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
 
@@ -279,12 +277,24 @@ class PhaseEngine:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = float(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        norm = self._total_norm()
         self._grad_norm = norm if math.isfinite(norm) else math.inf
         if not self.clip.admits(norm):
             self._set_clip(0.0)  # there is nothing to clip, which DeepSpeed cannot
             for parameter in parameters:
                 parameter.grad = None
+
+    def _total_norm(self) -> float:
+        """The norm of the gradients that this rank has whole. Of tensor ranks each brings what it has a share of, and the first
+        what all of them have alike; the sum is one number for all."""
+        grads = [parameter.grad for parameter in self.named_parameters.values()]
+        if self.mesh.tensor_degree == 1:
+            return float(torch.nn.utils.get_total_norm(grads))
+        counted = [is_model_parallel_parameter(p) or self.mesh.tensor_rank == 0 for p in self.named_parameters.values()]
+        mine = torch.nn.utils.get_total_norm([grad for grad, mine in zip(grads, counted, strict=True) if mine])
+        square = mine.to(self.mesh.device).double().square()
+        dist.all_reduce(square, group=self.mesh.tensor_group)
+        return float(square.sqrt())
 
     def _judged(self, step: int) -> bool:
         """Count the step that was just done as taken or skipped; whether it was skipped."""
@@ -321,28 +331,3 @@ class PhaseEngine:
                 f"the loss of step {step} is not finite ({', '.join(f'{name} {value:g}' for name, value in means.items())}); "
                 "no weight was changed by it. Resume from the last checkpoint with a smaller optimizer.lr, or look at the data."
             )
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        data = self.config.data
-        return {
-            "train_micro_batch_size_per_gpu": data.micro_batch_size,
-            # For its own books only: `step` says where a step ends, and the objective's sums are divided there.
-            "gradient_accumulation_steps": data.num_micro_batches // self.config.parallel.data_degree,
-            "gradient_clipping": self.optimizer_config.grad_clip,
-            "zero_optimization": {"stage": self._stage, "overlap_comm": self.mesh.device.type == "cuda"},
-            # The optimizer is torch's: DeepSpeed's own needs a compiler on the machine.
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 1_000_000_000,
-            "wall_clock_breakdown": False,
-        }
-
-
-def prepare_deepspeed(device: torch.device) -> None:
-    """Quiet its log, and keep it from compiling at start an op that only its CPU inference uses."""
-    deepspeed_logger.setLevel(logging.WARNING)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even of a single process
-    if device.type == "cpu":
-        ops = deepspeed.ops.__compatible_ops__
-        assert "deepspeed_shm_comm" in ops, "DeepSpeed renamed the op that must not be built"
-        ops["deepspeed_shm_comm"] = False

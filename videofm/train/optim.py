@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from videofm.config.train import OptimizerConfig, ParameterGroupConfig
 from videofm.errors import ConfigError
+from videofm.parallel.shards import gather_tensor, take_tensor
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -129,12 +130,32 @@ class GradientClip:
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of `parameter`: its ZeRO-3 partition (flat), or the whole."""
+    """What this rank holds of `parameter`: its ZeRO-3 partition (flat), or its share of a tensor group, or the whole."""
     return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data  # type: ignore[union-attr]
 
 
 def gather_shard(parameter: nn.Parameter, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The whole tensor of which every rank of `group` holds `shard`; the inverse of `local_shard`. All ranks call it."""
+    """The whole tensor of which this rank holds `shard`; the inverse of `local_shard`.
+
+    ZeRO-3 partitions lie in `group` (the gradient group), shares of a tensor group in the one that `parameter` names. All ranks
+    of both call it.
+    """
+    return gather_tensor(parameter, _gather_partition(parameter, shard, group))
+
+
+def take_shard(parameter: nn.Parameter, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's share of a whole tensor, shaped as `local_shard`; padded with zeros as ZeRO-3 pads its last partition."""
+    own = take_tensor(parameter, whole)
+    if not hasattr(parameter, "ds_tensor"):
+        return own
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank(group)
+    flat = torch.zeros(size * dist.get_world_size(group), dtype=own.dtype, device=own.device)
+    flat[: own.numel()] = own.flatten()
+    return flat[rank * size : (rank + 1) * size]
+
+
+def _gather_partition(parameter: nn.Parameter, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What ZeRO-3 has cut into the flat `shard` of each rank of `group`; any other tensor as it is."""
     if not hasattr(parameter, "ds_tensor"):
         return shard
     parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
@@ -142,20 +163,10 @@ def gather_shard(parameter: nn.Parameter, shard: Tensor, group: dist.ProcessGrou
     return torch.cat(parts)[: parameter.ds_numel].reshape(parameter.ds_shape)  # type: ignore[attr-defined]
 
 
-def take_shard(parameter: nn.Parameter, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's share of a whole tensor, padded with zeros as ZeRO-3 pads its last partition."""
-    if not hasattr(parameter, "ds_tensor"):
-        return whole
-    size, rank = parameter.ds_tensor.numel(), dist.get_rank(group)
-    flat = torch.zeros(size * dist.get_world_size(group), dtype=whole.dtype, device=whole.device)
-    flat[: whole.numel()] = whole.flatten()
-    return flat[rank * size : (rank + 1) * size]
-
-
 def _spread(parameter: nn.Parameter) -> None:
     """Bring a parameter that ZeRO-3 keeps whole beside its shards, as it does small ones, up to them. All ranks call it."""
     if hasattr(parameter, "ds_tensor") and parameter.shape == parameter.ds_shape:
-        parameter.data.copy_(gather_shard(parameter, local_shard(parameter), parameter.ds_process_group))
+        parameter.data.copy_(_gather_partition(parameter, local_shard(parameter), parameter.ds_process_group))
 
 
 class MovingAverage:

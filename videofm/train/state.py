@@ -4,7 +4,7 @@
 models/ROLE/model.{json,safetensors}   ema/ROLE/model   optimizer/PHASE.safetensors
 train_config.json (the run's resolved config)   state.json (step, position in the data, what order it belongs to)
 ```
-Tensors are whole and named by parameter, so that a checkpoint says nothing of ranks or ZeRO stages. Frozen roles do not
+Tensors are whole and named by parameter, so that a checkpoint says nothing of degrees or ZeRO stages. Frozen roles do not
 change: they are written once, to `frozen/ROLE` of the run directory. Of a role that trains adapters only these are in the
 checkpoint; what they are added to is in `base/ROLE`.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ def save(job: Job, position: PlanState) -> None:
 
 
 def save_frozen(job: Job) -> None:
-    """Write the frozen roles once, so that a run directory is all that sampling and export need."""
+    """Write the frozen roles once, so that a run directory is all that sampling and export need. All ranks call it."""
     own = getattr(job.objective, "own_models", {})  # what the objective loads for itself is no part of a result
     for role, model in job.models.items():
-        if role not in (*job.trained_roles, *own) and job.mesh.is_main:
-            _write_once(model, job.run.path / "frozen" / role, models.save)
+        if role not in (*job.trained_roles, *own):
+            tensors = whole_weights(job, role)
+            if job.mesh.is_main:
+                _write_once(model, job.run.path / "frozen" / role, partial(models.save, tensors=tensors))
     job.mesh.barrier()
 
 
@@ -118,7 +121,7 @@ def _gather(job: Job, position: PlanState) -> CheckpointFiles:
 
 @torch.no_grad()
 def whole_weights(job: Job, role: str) -> dict[str, Tensor]:
-    """The state dict of a role with whole tensors, whatever ZeRO made of them. All ranks call it."""
+    """The state dict of a role with whole tensors, whatever ZeRO and tensor ranks made of them. All ranks call it."""
     model = job.models[role]
     parameters = dict(model.named_parameters())
     state = {}

@@ -12,6 +12,7 @@ from videofm.errors import Interrupted
 from videofm.train.build import Job
 from videofm.train.busy import slowest_rank
 from videofm.train.optim import learning_rate
+from videofm.train.share import compare_holdings, shared_steps
 from videofm.train.speed import with_speed
 
 
@@ -37,13 +38,14 @@ def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanSta
     Raises:
         Interrupted: a stop was asked for; the callbacks have saved.
     """
-    steps, peak = job.loader.steps(position), job.config.trainer.peak_tflops
+    steps, peak = shared_steps(job.loader, position, job.mesh), job.config.trainer.peak_tflops
     while position.step < job.config.trainer.max_steps:
         started = time.perf_counter()
         step = next(steps)
         data_wait = time.perf_counter() - started
         metrics = train_step(job, step)
         position = step.after
+        _compare(job, step)
         busy = data_wait + sum(engine.busy.take() for engine in job.engines.values())
         slowest = slowest_rank(job.mesh, busy)
         metrics = with_speed(metrics, step.num_samples, time.perf_counter() - started, data_wait, job.mesh, peak)
@@ -76,6 +78,14 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
             if role in job.averages and not found["skipped"]:
                 job.averages[role].update(index)
     return metrics
+
+
+def _compare(job: Job, step: Step) -> None:
+    """Each `parallel.digest_every` steps: see that ranks which share samples hold the same."""
+    every = job.config.parallel.digest_every
+    if every and step.after.step % every == 0:
+        weights = {f"{role}.{name}": value for role in job.trained_roles for name, value in job.models[role].named_parameters()}
+        compare_holdings(step.after.step, step.after.step // every, step.batches, weights, job.mesh)
 
 
 def _finish(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> None:

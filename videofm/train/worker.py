@@ -12,20 +12,23 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from videofm.config.autoencoder import AutoencoderConfig
 from videofm.config.train import TrainConfig
 from videofm.data.buckets import describe_steps
 from videofm.data.loader import StepLoader
 from videofm.errors import Interrupted, VideofmError
-from videofm.parallel.mesh import create_mesh, destroy_mesh
+from videofm.parallel.collectives import naming
+from videofm.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from videofm.progress import LOG, setup_logging
 from videofm.run_dir import RunDirectory, write_json
 from videofm.train import callbacks, state, watch
-from videofm.train.build import Job, build_job, build_models, build_objective, fate, pick_device, trained_roles
+from videofm.train.build import Job, build_job, build_models, build_objective, fate, pick_device, split_heads, trained_roles
 from videofm.train.trainer import Callback, fit
 
 
@@ -38,22 +41,27 @@ def train(config: TrainConfig, run: RunDirectory, attempt: int) -> None:
     device = pick_device(config.trainer.device)
     share_cores(config.trainer.num_threads, device)
     rendezvous = os.environ.get("VIDEOFM_RENDEZVOUS")
-    mesh = create_mesh(config.parallel, device, Path(rendezvous) if rendezvous else None)
+    models = build_models(config)
+    mesh = create_mesh(config.parallel, device, Path(rendezvous) if rendezvous else None, split_heads(models))
     try:
-        objective = build_objective(config)
-        loader = StepLoader(config.data, config.seed, mesh.data_rank, mesh.data_degree)
-        models = build_models(config)
-        state.save_bases(run, models, mesh)
-        folder = state.resume_folder(run)
-        if folder is not None:
-            state.load_weights(folder, models, trained_roles(objective))
-        job = build_job(config, run, mesh, loader, models)
-        _describe(job, folder)
-        position = state.load_state(job, folder) if folder is not None else state.PlanState()
-        state.save_frozen(job)
-        fit(job, position, _callbacks(job, position.step, attempt))
+        with naming("run"):
+            _train_on(mesh, config, run, attempt, models)
     finally:
         destroy_mesh()
+
+
+def _train_on(mesh: Mesh, config: TrainConfig, run: RunDirectory, attempt: int, models: Mapping[str, nn.Module]) -> None:
+    objective = build_objective(config)
+    loader = StepLoader(config.data, config.seed, mesh.data_rank, mesh.data_degree)
+    state.save_bases(run, models, mesh)
+    folder = state.resume_folder(run)
+    if folder is not None:
+        state.load_weights(folder, models, trained_roles(objective))
+    job = build_job(config, run, mesh, loader, models)
+    _describe(job, folder)
+    position = state.load_state(job, folder) if folder is not None else state.PlanState()
+    state.save_frozen(job)
+    fit(job, position, _callbacks(job, position.step, attempt))
 
 
 def share_cores(num_threads: int | None, device: torch.device) -> None:
@@ -97,6 +105,8 @@ def _describe(job: Job, folder: Path | None) -> None:
         LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", trained)
     plan = job.loader.plan
     LOG.info("%d clips; steps of %s", len(plan.records), describe_steps(job.config.data))
+    if job.mesh.world_size > 1:
+        LOG.info("%s, ZeRO stage %d", job.mesh.layout.describe(), job.config.parallel.zero_stage)
     for reason, number in plan.left_out.most_common():
         LOG.warning("in no bucket: %d clips (%s)", number, reason)
     LOG.info("resuming from %s" if folder else "a new run", *([folder.name] if folder else []))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import LocalHandle
-from videofm.errors import CheckpointError, ConfigError, Interrupted, VideofmError
+from videofm.errors import CheckpointError, ConfigError, DataError, Interrupted, VideofmError
 from videofm.run_dir import RunDirectory, write_json
 
 
@@ -38,6 +38,26 @@ def test_who_said_why_comes_before_who_just_died(tmp_path: Path) -> None:
     say(tmp_path, 1, "failed", "the disk is full")
     with pytest.raises(VideofmError, match=r"^the disk is full \(rank 1\)$"):
         ended(tmp_path, 3, 1).wait()
+
+
+def test_the_cause_comes_before_who_noticed(tmp_path: Path) -> None:
+    """A rank that waited for another says so; what counts is why the other failed, or how it died."""
+    say(tmp_path, 0, "failed", "all_reduce over the data group (ranks 0, 1) failed", "CollectiveError")
+    with pytest.raises(VideofmError, match=r"^rank 1 ended with code 3; run the same .* rank 0 says: all_reduce over the data"):
+        ended(tmp_path, 1, 3).wait()
+    say(tmp_path, 1, "failed", "no clip", "DataError")
+    with pytest.raises(DataError, match=r"^no clip \(rank 1\)$"):
+        ended(tmp_path, 1, 1).wait()
+
+
+def test_who_noticed_is_told_where_nobody_failed(tmp_path: Path) -> None:
+    """As where a rank hangs: it is ended by us, which is no cause. The exit code is that of work that failed."""
+    say(tmp_path, 0, "failed", "all_reduce over the data group (ranks 0, 1) failed", "CollectiveError")
+    handle = ended(tmp_path, 1)
+    handle.processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+    with pytest.raises(VideofmError, match=r"^all_reduce over the data group \(ranks 0, 1\) failed \(rank 0\)$") as caught:
+        handle.wait()
+    assert caught.value.exit_code == 1
 
 
 def test_a_silent_rank_is_told_with_how_it_ended(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from videofm import models
-from videofm.errors import CheckpointError, ConfigError, DataError, ParallelError
+from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.models.discriminators.patchgan_3d import SPEC, PatchGAN3dConfig
 from videofm.objectives.adversarial import hinge_discriminator, reconstruction_gan_discriminator
 
@@ -185,10 +185,15 @@ def test_configs_that_cannot_work():
         PatchGAN3dConfig(widths=())
 
 
-def test_it_runs_whole():
-    model = models.build(NAME, "tiny", device="meta")
-    assert SPEC.parallelize(model) is model
-    with pytest.raises(
-        ParallelError, match="discriminator/patchgan_3d runs whole on each device, but the mesh has context_degree 2"
-    ):
-        SPEC.parallelize(model, SimpleNamespace(context_degree=2))
+@pytest.mark.parametrize("context_degree", [1, 3])
+def test_context_ranks_share_its_gradient(context_degree):
+    """Each context rank runs it whole, and the engine sums over them: each counts for its share."""
+    model = models.build(NAME, "tiny")
+    video = torch.rand(1, 3, 9, 32, 32)
+    model(video).square().mean().backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert SPEC.parallelize(model, SimpleNamespace(context_degree=context_degree)) is model
+    model(video).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad * context_degree, whole[name])

@@ -5,7 +5,7 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 
 from videofm import models
-from videofm.errors import ConfigError, DataError, ParallelError
+from videofm.errors import ConfigError, DataError
 from videofm.models import ParallelOptions
 from videofm.models.dit.ltx import ADAPTER, parallelize
 from videofm.ops.rope import video_coordinates
@@ -190,14 +190,6 @@ def test_parallelize_binds_every_block(model, inputs):
 def test_a_backend_that_cannot_serve_the_model_fails_when_it_is_built(model):
     with pytest.raises(ConfigError, match=r"no attention backend for 2 heads of width 16.*flash_attn: "):
         parallelize(model, None, ParallelOptions(attention="flash_attn"))
-
-
-def test_a_mesh_that_splits_is_refused(model):
-    class Mesh:
-        context_degree = 2
-
-    with pytest.raises(ParallelError, match="runs whole on each device, but the mesh has context_degree 2"):
-        parallelize(model, Mesh())
 
 
 @pytest.mark.parametrize(

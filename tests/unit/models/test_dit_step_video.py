@@ -5,7 +5,7 @@ import torch
 
 from tests.unit.models.step_video_dit import authors_forward
 from videofm import models
-from videofm.errors import CheckpointError, ConfigError, DataError, ParallelError
+from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.models import ParallelOptions
 from videofm.models.dit.step_video import ADAPTER, parallelize
 from videofm.ops.rope import cell_coordinates
@@ -316,14 +316,6 @@ def test_parallelize_binds_every_block(model, inputs):
     assert {block.cross_attention.attend.name for block in model.blocks} == {"sdpa"}
     with pytest.raises(ConfigError, match=r"no attention backend for 2 heads of width 16.*flash_attn: "):
         parallelize(model, None, ParallelOptions(attention="flash_attn"))
-
-
-def test_a_mesh_that_splits_is_refused(model):
-    class Mesh:
-        tensor_degree = 2
-
-    with pytest.raises(ParallelError, match="dit/step_video runs whole on each device, but the mesh has tensor_degree 2"):
-        parallelize(model, Mesh())
 
 
 TEXT = Conditioning(torch.rand(2, 6, 12), torch.ones(2, 6, dtype=torch.bool), torch.rand(2, 3, 8))

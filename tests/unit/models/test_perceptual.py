@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from tools import convert_perceptual
 from videofm import models
-from videofm.errors import CheckpointError, ConfigError, DataError, ParallelError
+from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.models.perceptual.i3d import I3DConfig
-from videofm.models.perceptual.lpips import SPEC as LPIPS_SPEC
 from videofm.models.perceptual.lpips import LPIPSConfig
 
 WIDTHS = (4, 8, 8, 16, 16)
@@ -155,8 +154,6 @@ def test_lpips_refuses_other_videos():
     assert model(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 1, 16, 16)).item() == 0
     with pytest.raises(ConfigError, match=r"widths has 2 entries \(4, 8\); VGG16 has 5 stages"):
         LPIPSConfig(widths=(4, 8))
-    with pytest.raises(ParallelError, match="perceptual/lpips runs whole on each device"):
-        LPIPS_SPEC.parallelize(model, SimpleNamespace(tensor_degree=2))
 
 
 def test_a_saved_lpips_needs_no_file(lpips_file, tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import LTXPipeline
+from diffusers import LTXConditionPipeline, LTXPipeline
 from transformers import T5EncoderModel
 
 from videofm import models
@@ -31,6 +31,29 @@ def test_conditioning_is_what_the_pipeline_computes(encoder):
     assert torch.equal(ours.mask, mask)
     assert ours.mask.sum(dim=1).tolist() == [15, 1, 128]  # bytes and one end token; cut at 128
     assert encoder.num_tokens(PROMPTS) == [15, 1, 301]
+
+
+@torch.no_grad()
+def test_with_the_mask_it_is_what_the_condition_pipeline_computes(encoder, tmp_path):
+    """Asked for once, or set in the config; which a folder of weights does not change, and saving keeps."""
+    pipeline = SimpleNamespace(tokenizer=encoder.tokenizer, text_encoder=encoder.transformer)
+    embeddings, mask = LTXConditionPipeline._get_t5_prompt_embeds(
+        pipeline, PROMPTS, max_sequence_length=128, device="cpu", dtype=torch.float32
+    )
+    ours = encoder.encode(PROMPTS, masked=True)
+    torch.testing.assert_close(ours.embeddings, embeddings, rtol=0, atol=1e-5)
+    assert torch.equal(ours.mask, mask)
+    assert not torch.allclose(ours.embeddings[:1, :15], encoder.encode(PROMPTS[:1]).embeddings[:, :15], atol=1e-3)
+
+    encoder.transformer.save_pretrained(tmp_path / "text_encoder")
+    encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    built = models.build("text/t5", path=str(tmp_path), masked=True).eval()
+    loaded = models.load(models.save(built, tmp_path / "ours"))
+    for masked in (built, loaded):
+        assert masked.config.masked
+        torch.testing.assert_close(masked.encode(PROMPTS).embeddings, embeddings, rtol=0, atol=1e-5)
+        unmasked = masked.encode(PROMPTS, masked=False).embeddings
+        torch.testing.assert_close(unmasked, encoder.encode(PROMPTS).embeddings, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from videofm import models
 from videofm.attention.backends.math import BACKEND as MATH
-from videofm.errors import CheckpointError, ConfigError, DataError, ParallelError
+from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.models.spec import ParallelOptions
 from videofm.models.vae.cv_vae import ADAPTER, SD3_ADAPTER, CVVAEConfig, CVVAESD3Config, parallelize
 from videofm.ops.causal_conv import CausalConv3d
@@ -485,9 +485,6 @@ def test_parallelize_binds_every_attention():
     assert torch.equal(attentions[0].attend(q, q, q, None), MATH(q, q, q, None))
     with pytest.raises(ConfigError, match="no attention backend for 1 heads of width 32"):
         parallelize(model, options=ParallelOptions(attention="flash_attn"))
-    mesh = type("Mesh", (), {"context_degree": 2})
-    with pytest.raises(ParallelError, match="vae/cv_vae runs whole on each device, but the mesh has context_degree 2"):
-        parallelize(model, mesh)
 
 
 @pytest.mark.parametrize(

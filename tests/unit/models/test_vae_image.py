@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from videofm import models
-from videofm.errors import CheckpointError, ConfigError, DataError, ParallelError
+from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.models.spec import ParallelOptions
 from videofm.models.vae.image_kl import ADAPTER, ImageKLConfig, parallelize
 from videofm.types import Compression
@@ -141,9 +141,6 @@ def test_bad_requests(monkeypatch):
         ImageKLConfig(widths=(8, 12), num_groups=8)
     with pytest.raises(ConfigError, match="runs the attention of diffusers, which is sdpa, not 'math'"):
         parallelize(model, options=ParallelOptions(attention="math"))
-    mesh = type("Mesh", (), {"tensor_degree": 2})
-    with pytest.raises(ParallelError, match="vae/image_kl runs whole on each device, but the mesh has tensor_degree 2"):
-        parallelize(model, mesh)
     assert parallelize(model, options=ParallelOptions(attention="sdpa")) is model
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"needs diffusers, which is not installed \(pip install videofm\[export\]\)"):

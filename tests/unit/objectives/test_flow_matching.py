@@ -66,6 +66,9 @@ class CaptionLengths(nn.Module):
         lengths = torch.tensor([[[float(len(prompt))]] for prompt in prompts])
         return Conditioning(lengths, torch.ones(len(prompts), 1, dtype=torch.bool))
 
+    def cuts(self, prompts: list[str]) -> dict[str, list[bool]]:
+        return {"text": [len(prompt) > 9 for prompt in prompts]}
+
 
 def make_batch(size: int = 3, pixels: int = 8, frames: int = 2, seed: int = 0) -> Batch:
     video = torch.rand(size, 3, frames, pixels, pixels, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -186,7 +189,7 @@ def test_levels_are_a_number_a_sample_where_nothing_can_be_given() -> None:
     rng = KeyedRng(0, video.step, video.sample_ids)
     objective = FlowMatchingObjective(config(conditioning={"first_frame": 0.5}))
     assert set(objective.loss(oracle_models(video, rng), video, rng, "train").metrics) == names[True]
-    assert names[False] == {"loss", "mse", "sigma", "tokens", "text_tokens", "padding_share"}
+    assert names[False] == {"loss", "mse", "sigma", "cut_text", "tokens", "text_tokens", "padding_share"}
 
 
 def test_every_frame_can_have_its_own_level() -> None:

@@ -1,28 +1,25 @@
-"""What is given of a video: where it is written, that it stays, and that diffusers' pipelines make the same frames of it."""
+"""What is given of a video: where it is written, and that it stays."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 from tests.unit.sampling import tiny
+from videofm import models
 from videofm.errors import ConfigError, DataError
-from videofm.export import write_diffusers_folder
 from videofm.ops import flow
-from videofm.sampling import Condition, Guidance, LinearQuadraticSchedule, Pipeline, PixelCondition, ShiftedSchedule
-from videofm.sampling.conditioning import coordinates_at, located, place
-from videofm.sampling.noise import initial_noise, video_seed
+from videofm.sampling import Condition, Pipeline, PixelCondition, ShiftedSchedule
+from videofm.sampling.conditioning import FrameGrid, coordinates_at, located, place
 from videofm.sampling.solvers import capped, euler
 from videofm.types import Compression
 
 CELLS = Compression(4, 8, 8)
 SIZE = {"num_frames": 13, "height": 32, "width": 32}
+FOUR = FrameGrid(4)
 PROMPTS = ["a red circle moving left", "a cyan square"]
 
 
@@ -36,12 +33,12 @@ def clip() -> Tensor:
     return torch.rand(2, 3, 13, 32, 32, generator=torch.Generator().manual_seed(3)) * 1.6 - 0.8
 
 
-def placed(conditions: list[Condition], noise: Tensor) -> Any:
+def placed(conditions: list[Condition], noise: Tensor, grid: FrameGrid = FOUR) -> Any:
     def coordinates_of(num_latent_frames: int, frame: int) -> Tensor:
         num_tokens = num_latent_frames * noise.shape[3] * noise.shape[4]
         return torch.full((len(noise), 3, num_tokens), float(frame))
 
-    return place(noise, conditions, coordinates_of, CELLS, seeds=range(len(noise)))
+    return place(noise, conditions, coordinates_of, grid, seeds=range(len(noise)))
 
 
 def test_a_first_frame_is_written_in_place_and_a_keyframe_behind() -> None:
@@ -56,6 +53,68 @@ def test_a_first_frame_is_written_in_place_and_a_keyframe_behind() -> None:
     assert start.tokens[:, 3:].flatten(2).amax(dim=2).tolist() == [[9.0, 7.0, 9.0, 9.0]] * 2
     assert start.ceilings.tolist() == [[0.25, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]] * 2
     assert start.coordinates[0, 0].tolist() == [0, 0, 0, 0, 6, 4, 4]
+
+
+def test_frames_on_latent_frames() -> None:
+    """LTX: 4 frames a latent frame. Step-Video: chunks of 17 frames, 1 + 8 + 8 of them on 3 latent frames."""
+    assert [FrameGrid(4).position(frame) for frame in (0, 4, 6)] == [0.0, 1.0, 1.5]
+    grid = FrameGrid(8, 17)
+    assert [grid.position(frame) for frame in (0, 8, 16, 17, 20, 25, 34)] == [0.0, 1.0, 2.0, 3.0, 3.375, 4.0, 6.0]
+    assert [frame for frame in range(40) if grid.begins(frame)] == [0, 17, 34]
+    assert [frame for frame in range(40) if FrameGrid(4).begins(frame)] == [0]
+
+
+def test_where_the_vae_begins_anew_all_is_written_in_place() -> None:
+    """9 latent frames are chunks of 3. In place: an image at frame 17, latent frame 3, and a chunk at frame 34, latent frames 6
+    to 8. An image at frame 20 is not the first of a chunk, and goes behind."""
+    noise, image, clip = torch.randn(1, 5, 9, 1, 1), torch.full((1, 5, 1, 1, 1), 7.0), torch.full((1, 5, 3, 1, 1), 9.0)
+    given = [Condition(image, 17), Condition(clip, 34), Condition(image, 20, 0.5)]
+    start = placed(given, noise, FrameGrid(8, 17))
+    assert start.ceilings.tolist() == [[1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.5]]
+    assert start.tokens[0, [3, 6, 7, 8], 0].tolist() == [7.0, 9.0, 9.0, 9.0]
+    assert start.tokens[0, [0, 1, 2, 4, 5]].equal(noise[0, :, [0, 1, 2, 4, 5], 0, 0].T)
+    assert start.coordinates[0, 0].tolist() == [0] * 9 + [20]
+    with pytest.raises(ConfigError, match="from frame 8 on; it has to begin at a multiple of 17: 0 or 17"):
+        placed([Condition(clip, 8)], noise, FrameGrid(8, 17))
+    with pytest.raises(ConfigError, match="two conditions give the frames from 34 on"):
+        placed([Condition(clip, 34), Condition(image, 34)], noise, FrameGrid(8, 17))
+
+
+def step_video() -> Pipeline:
+    torch.manual_seed(0)
+    vae = models.build("vae/step_video", "tiny")
+    dit = models.build("dit/step_video", "tiny", num_layers=1, in_channels=vae.latent_channels)
+    for parameter in dit.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Pipeline(dit, vae, models.build("text/step_video", "tiny"), ShiftedSchedule(13.0))
+
+
+def test_keyframes_of_step_video() -> None:
+    """The first frame of the second chunk has the latents that it has in the clip: it is latent frame 3, at noise level 0 for
+    the model, and keeps its bits. Frame 20 lies 3 frames behind: at 3 + 3 / 8 along time, at level 0 as well, removed in the
+    end. The tokens between are all noise at first."""
+    pipeline = step_video()
+    video = torch.rand(1, 3, 34, 32, 32, generator=torch.Generator().manual_seed(4)) * 1.6 - 0.8
+    with torch.no_grad():
+        whole, alone = (pipeline.vae.encode(x).mode() for x in (video, video[:, :, 17:18]))  # type: ignore[operator]
+    torch.testing.assert_close(alone, whole[:, :, 3:4], atol=1e-5, rtol=0)
+
+    seen: list[Any] = []
+    pipeline.dit.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    latents: list[Tensor] = []
+    pipeline.decode = lambda found, *rest: latents.append(found) or torch.zeros(1)  # type: ignore[method-assign, assignment, func-returns-value]
+    given = [PixelCondition(video[:, :, 17:18], 17), PixelCondition(video[:, :, 20:21], 20)]
+    settings = {"num_frames": 34, "height": 32, "width": 32, "fps": 25.0, "num_steps": 2, "guidance_scale": 1.0}
+    pipeline.generate(["a cat"], conditions=given, **settings)  # type: ignore[arg-type]
+    _, sigma, _, coordinates = seen[0]
+    assert sigma.shape == (1, 6 * 4 + 4)
+    assert sigma[0].tolist() == [1.0] * 12 + [0.0] * 4 + [1.0] * 8 + [0.0] * 4
+    assert coordinates[0, 0].tolist() == [frame for frame in range(6) for _ in range(4)] + [3.375] * 4
+    assert latents[0].shape == whole.shape
+    assert latents[0][:, :, 3:4].equal(pipeline.vae.normalize(alone).float())  # type: ignore[operator]
+    pipeline.generate(["a cat"], **settings)  # type: ignore[arg-type]
+    assert (latents[1] - latents[0]).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-3, "all frames know of it"
 
 
 def test_nothing_given_leaves_one_level_for_the_sample() -> None:
@@ -95,7 +154,7 @@ def test_coordinates_of_a_keyframe_are_those_of_its_time(pipeline: Pipeline) -> 
     is 4 frames shorter than the others (the causal fix)."""
     fps = torch.tensor([12.0])
     for causal_fix in (False, True):
-        here, later = (coordinates_at(pipeline.dit, (2, 2, 2), fps, CELLS, causal_fix, frame) for frame in (0, 6))
+        here, later = (coordinates_at(pipeline.dit, (2, 2, 2), fps, CELLS, causal_fix, frame / 4) for frame in (0, 6))
         torch.testing.assert_close(later[:, 0], here[:, 0] + 0.5, atol=1e-6, rtol=0)
         assert later[:, 1:].equal(here[:, 1:])
 
@@ -144,95 +203,3 @@ def test_refusals(pipeline: Pipeline, clip: Tensor) -> None:
     with pytest.raises(DataError, match="video has 6 frames; this VAE takes 1"):
         pipeline.generate(PROMPTS, conditions=[PixelCondition(clip[:, :, :6])], **settings)
     assert located(PixelCondition(image, -2), 1, 13, 1).frame == 11
-
-
-# -- against diffusers
-
-
-@pytest.fixture(scope="module")
-def folder(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    parts: dict[str, Any] = {"dit": pipeline.dit, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    target = tmp_path_factory.mktemp("export") / "model"
-    return write_diffusers_folder(target, **parts, scheduler_config=pipeline.schedule.public_config())  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def embeddings(pipeline: Pipeline, prompts: list[str]) -> dict[str, Tensor]:
-    positive, negative = (pipeline.text_encoder.encode(texts) for texts in (prompts, [""] * len(prompts)))  # type: ignore[operator]
-    found = {"prompt_embeds": positive.embeddings, "prompt_attention_mask": positive.mask}
-    return found | {"negative_prompt_embeds": negative.embeddings, "negative_prompt_attention_mask": negative.mask}
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_equals_the_image_to_video_pipeline(pipeline: Pipeline, folder: Path, clip: Tensor) -> None:
-    """Frame 0 is given: LTXImageToVideoPipeline takes it in its `latents`, the other frames start from our noise. Guidance
-    with rescale. The control: without the frame the result is another one."""
-    theirs = quiet(diffusers.LTXImageToVideoPipeline.from_pretrained(folder))
-    latents = pipeline.vae.normalize(pipeline.vae.encode(clip[:, :, :1]).mode())  # type: ignore[operator]
-    noise = initial_noise([video_seed(0, index) for index in range(2)], (16, 4, 4, 4))
-    start = torch.cat([latents, noise[:, :, 1:]], dim=2).flatten(2).transpose(1, 2)  # (B, C, T, H, W) -> (B, L, C)
-    settings = {"num_inference_steps": 4, "guidance_scale": 2.5, "guidance_rescale": 0.4, "frame_rate": 24.0}
-    frames = theirs(prompt=PROMPTS, latents=start.detach(), max_sequence_length=24, output_type="pt", **settings, **SIZE).frames
-    guidance = Guidance(2.5, rescale=0.4)
-    ours = pipeline.generate(
-        PROMPTS, fps=24.0, num_steps=4, guidance=guidance, conditions=[PixelCondition(clip[:, :, :1])], **SIZE
-    )
-    torch.testing.assert_close(frames.transpose(1, 2) * 2 - 1, ours, atol=1e-4, rtol=0)
-    free = pipeline.generate(PROMPTS, fps=24.0, num_steps=4, guidance=guidance, **SIZE)
-    assert (free - ours).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("kind", ["first", "first_and_last", "continuation", "clip_in_the_middle"])
-def test_equals_the_condition_pipeline(pipeline: Pipeline, folder: Path, clip: Tensor, kind: str) -> None:
-    """LTXConditionPipeline: linear-quadratic levels, coordinates with the causal fix, keyframes as additional tokens.
-
-    Its VAE is made to return the most likely latents, as ours does, and it gets our embeddings: unlike LTXPipeline it runs the
-    text encoder with the mask.
-    """
-    given = {
-        "first": [(clip[:1, :, :1], 0)],
-        "first_and_last": [(clip[:1, :, :1], 0), (clip[:1, :, -1:], 12)],
-        "continuation": [(clip[:1, :, :5], 0)],
-        "clip_in_the_middle": [(clip[:1, :, :9], 4)],
-    }[kind]
-    parts = diffusers.LTXPipeline.from_pretrained(folder).components
-    theirs = quiet(diffusers.LTXConditionPipeline(**parts | {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}))
-    encode = theirs.vae.encode
-    theirs.vae.encode = lambda video: SimpleNamespace(latents=encode(video).latent_dist.mode())
-    conditions = [Given(video, frame) for video, frame in given]
-    frames = theirs(
-        conditions=conditions,
-        **embeddings(pipeline, PROMPTS[:1]),
-        frame_rate=24,
-        num_inference_steps=5,
-        guidance_scale=2.0,
-        image_cond_noise_scale=0.0,
-        generator=torch.Generator().manual_seed(video_seed(0, 0)),
-        output_type="pt",
-        **SIZE,
-    ).frames
-    ours = pipeline.generate(
-        PROMPTS[:1],
-        fps=24.0,
-        num_steps=5,
-        guidance_scale=2.0,
-        schedule=LinearQuadraticSchedule(),
-        causal_fix=True,
-        conditions=[PixelCondition(video, frame) for video, frame in given],
-        **SIZE,
-    )
-    torch.testing.assert_close(frames.transpose(1, 2) * 2 - 1, ours, atol=1e-4, rtol=0)
-
-
-class Given:
-    """What LTXConditionPipeline reads of a condition; tensors in [0, 1]."""
-
-    def __init__(self, video: Tensor, frame: int) -> None:
-        images = video[0].transpose(0, 1) / 2 + 0.5  # (3, T, H, W) -> (T, 3, H, W)
-        self.image = images if len(images) == 1 else None
-        self.video = None if len(images) == 1 else images
-        self.frame_index, self.strength = frame, 1.0

@@ -79,10 +79,12 @@ def test_settings_change_what_they_say(pipeline: Pipeline) -> None:
         {"schedule": ShiftedSchedule(13.0)},
         {"solver": "heun"},
         {"causal_fix": True},
+        {"solver": "stochastic"},
+        {"masked_text": True},
         {"guidance_scale": 1.0},
     ):
         assert not torch.allclose(pipeline.generate(PROMPTS[:1], **SIZE, **changed), plain, atol=1e-4), changed  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="no solver is called 'rk4'. There are: euler, heun"):
+    with pytest.raises(ConfigError, match="no solver is called 'rk4'. There are: euler, heun, stochastic"):
         pipeline.generate(PROMPTS, **SIZE, solver="rk4")
     with pytest.raises(ConfigError, match="guidance_scale and guidance are both given"):
         pipeline.generate(PROMPTS, **SIZE, guidance_scale=2.0, guidance=Guidance(2.0))
@@ -98,6 +100,20 @@ def test_prompts_that_are_cut_are_counted(pipeline: Pipeline, caplog: pytest.Log
         assert not caplog.messages
         pipeline.generate(prompts, **SIZE)
     assert caplog.messages == ["1 of 3 prompts are longer than the text encoder takes; their ends are cut"]
+
+
+def test_cuts_of_two_text_encoders_are_told_apart(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """Start and end take two of 40 and of 20 tokens: 30 letters are cut by the second alone, 39 by both."""
+    pair = Pipeline(pipeline.dit, pipeline.vae, models.build("text/step_video", max_length=40, clip_max_length=20))
+    assert pair.num_cut_prompts(["a" * 18, "a" * 30, "a" * 39]) == 2
+    with caplog.at_level("WARNING", logger="videofm"):
+        pair._warn_of_cuts(["a" * 18, "a" * 30, "a" * 39], "")
+    assert caplog.messages == [
+        "1 of 3 prompts are longer than the text encoder takes; their ends are cut",
+        "2 of 3 prompts are longer than the clip text encoder takes; their ends are cut",
+    ]
+    with pytest.raises(ConfigError, match="masked_text is True, but text/step_video hides its padding in the one way"):
+        pair.generate(["a"], **SIZE, masked_text=True)
 
 
 @pytest.fixture(scope="module")

@@ -161,4 +161,4 @@ _PAIRS = [
     ("main.{i}.shortcut.{p}", "main.{i}.nin_shortcut.{p}"),
 ]
 ADAPTER = PatchGAN3dAdapter(_PAIRS, "NLayerDiscriminator3D", PatchGAN3dConfig, dropped=("temb_proj.weight", "temb_proj.bias"))
-SPEC = ModelSpec(PatchGAN3d.spec_name, PatchGAN3dConfig, SIZES, PatchGAN3d, whole(PatchGAN3d.spec_name), ADAPTER)
+SPEC = ModelSpec(PatchGAN3d.spec_name, PatchGAN3dConfig, SIZES, PatchGAN3d, whole, ADAPTER)

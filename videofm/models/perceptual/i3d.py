@@ -218,4 +218,4 @@ def _pairs() -> list[tuple[str, str]]:
 
 ADAPTER = PlainAdapter(_pairs(), "InceptionI3d", I3DConfig, dropped=("num_batches_tracked",))
 """The same names; the public counters of batches, which frozen statistics do not need, are left out."""
-SPEC = ModelSpec(I3D.spec_name, I3DConfig, SIZES, build, whole(I3D.spec_name), ADAPTER)
+SPEC = ModelSpec(I3D.spec_name, I3DConfig, SIZES, build, whole, ADAPTER)

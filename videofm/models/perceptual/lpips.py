@@ -134,4 +134,4 @@ ADAPTER = PlainAdapter(
     [("features.{i}.{p}", "features.{i}.{p}"), ("heads.{k}.weight", "lin{k}.model.1.weight")], "LPIPS", LPIPSConfig
 )
 """Public: `features.*` of torchvision's vgg16 and `lin*` of the vgg.pth of lpips v0.1, in one dict."""
-SPEC = ModelSpec(LPIPS.spec_name, LPIPSConfig, SIZES, build, whole(LPIPS.spec_name), ADAPTER)
+SPEC = ModelSpec(LPIPS.spec_name, LPIPSConfig, SIZES, build, whole, ADAPTER)

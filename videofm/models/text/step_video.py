@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from einops import repeat
 from torch import Tensor, nn
 
 from videofm.errors import CheckpointError, ConfigError
@@ -136,19 +137,31 @@ class StepVideoTextEncoder(nn.Module):
         """`embeddings` `(B, max_length, width)` of the causal encoder with the `mask` of its real tokens, and `clip_embeddings`
         `(B, clip_max_length, clip_width)` of the other.
 
-        Prompts are cut at either length; `num_tokens` tells which are at the first. What comes of padding is masked in the
+        Prompts are cut at either length; `cuts` tells which are. What comes of padding is masked in the
         first; in the second it takes part (it attends to real tokens only), because the transformer was trained so.
         """
         device = self.llm.embedding.weight.device
-        clip_ids, clip_mask = (x.to(device) for x in self._clip_tokens.batch(prompts, self.config.clip_max_length))
-        ids, mask = (x.to(device) for x in self._llm_tokens.batch(prompts, self.config.max_length))
+        clip_tokens = self._clip_tokens.batch(prompts, self.config.clip_max_length)
+        tokens = self._llm_tokens.batch(prompts, self.config.max_length)
+        longest = int(tokens[1].sum(dim=1).max())  # on the CPU
+        clip_ids, clip_mask, ids, mask = (x.to(device, non_blocking=True) for x in (*clip_tokens, *tokens))
         position = torch.arange(self.config.clip_max_length, device=device)[None]
-        states = self.clip(clip_ids, clip_mask, token_type_ids=torch.zeros_like(clip_ids), position_ids=position)
-        return Conditioning(self.llm(ids), mask, states.last_hidden_state)
+        # As it enters attention, (B, 1, L, L): of a mask (B, L) BERT asks on the host whether anything is masked at all.
+        attended = repeat(clip_mask, "b key -> b 1 query key", query=clip_mask.shape[1])
+        states = self.clip(clip_ids, attended, token_type_ids=torch.zeros_like(clip_ids), position_ids=position)
+        return Conditioning(self.llm(ids), mask, states.last_hidden_state, longest)
 
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt for the causal encoder before it is cut, with start and end."""
         return [len(self._llm_tokens.split(prompt)) + 2 for prompt in prompts]
+
+    def cuts(self, prompts: list[str]) -> dict[str, list[bool]]:
+        """Which prompts are longer than is encoded: `text` by the causal encoder, `clip` by the other."""
+        clip_lengths = [len(self._clip_tokens.split(prompt)) + 2 for prompt in prompts]
+        return {
+            "text": [length > self.config.max_length for length in self.num_tokens(prompts)],
+            "clip": [length > self.config.clip_max_length for length in clip_lengths],
+        }
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids `(B, L)` -> states of the causal encoder `(B, L, D)`."""
@@ -355,4 +368,4 @@ def build(config: StepVideoTextConfig) -> StepVideoTextEncoder:
 
 
 ADAPTER = StepVideoTextAdapter()
-SPEC = ModelSpec("text/step_video", StepVideoTextConfig, SIZES, build, whole("text/step_video"), ADAPTER)
+SPEC = ModelSpec("text/step_video", StepVideoTextConfig, SIZES, build, whole, ADAPTER)

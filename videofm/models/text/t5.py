@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import transformers
+from einops import repeat
 from torch import Tensor, nn
 
-from videofm.errors import CheckpointError, ConfigError, ParallelError
-from videofm.models.spec import ParallelOptions, split_degrees
+from videofm.errors import CheckpointError, ConfigError
+from videofm.models.spec import ParallelOptions
 from videofm.types import Conditioning, ModelSpec
 
 NUM_BYTE_TOKENS = 384
@@ -34,6 +35,7 @@ class T5EncoderConfig:
         num_heads, head_width: N and K (d_kv); their product need not be D.
         hidden_width: of the gated feed-forward (d_ff).
         max_length: tokens that every prompt is padded or cut to.
+        masked: hide padding from real tokens (LTX-Video 0.9.5 and later), see `T5TextEncoder.encode`.
         path: a local folder in the layout of `transformers`, whose weights and sizes are used in place of the above. May be
             a pipeline folder of diffusers with `text_encoder/` and `tokenizer/`.
         tokenizer_path: a local folder with the tokenizer; None for that of `path`, or for bytes when V is 384.
@@ -46,6 +48,7 @@ class T5EncoderConfig:
     head_width: int = 64
     hidden_width: int = 10240
     max_length: int = 128
+    masked: bool = False
     path: str | None = None
     tokenizer_path: str | None = None
 
@@ -64,6 +67,8 @@ _SIZE_FIELDS = {
     "hidden_width": "d_ff",
 }
 """Our fields and those of `transformers.T5Config`."""
+_OURS = ("max_length", "masked")
+"""Fields that no folder of `transformers` knows."""
 
 
 class T5TextEncoder(nn.Module):
@@ -92,12 +97,12 @@ class T5TextEncoder(nn.Module):
             )
         return transformers.ByT5Tokenizer()
 
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], masked: bool | None = None) -> Conditioning:
         """Embeddings `(B, max_length, D)` of prompts, and the mask `(B, max_length)` of real tokens.
 
-        T5 runs *without* the mask, so that real tokens attend to padding: `LTXPipeline` of diffusers does it this way, and a
-        model must be trained on what inference software will feed it. Prompts are cut at `max_length`; `num_tokens` tells
-        which are.
+        A model must be trained on what inference software will feed it: `LTXPipeline` of diffusers runs T5 without the mask, so
+        that real tokens attend to padding, `LTXConditionPipeline` with it. `masked` says which, None takes what the config
+        says. Prompts are cut at `max_length`; `cuts` tells which are.
         """
         tokens = self.tokenizer(
             prompts,
@@ -108,12 +113,23 @@ class T5TextEncoder(nn.Module):
             return_tensors="pt",
         )
         device = self.transformer.get_input_embeddings().weight.device
-        embeddings = self.transformer(tokens.input_ids.to(device)).last_hidden_state
-        return Conditioning(embeddings, tokens.attention_mask.bool().to(device))
+        longest = int(tokens.attention_mask.any(dim=0).nonzero().max()) + 1  # on the CPU
+        ids, mask = (x.to(device, non_blocking=True) for x in (tokens.input_ids, tokens.attention_mask.bool()))
+        attended: Tensor | None = None
+        if self.config.masked if masked is None else masked:
+            # As it is added to logits, (B, 1, L, L): of a mask (B, L) T5 asks on the host whether anything is masked at all.
+            bias = (~mask).to(self.transformer.dtype) * torch.finfo(self.transformer.dtype).min
+            attended = repeat(bias, "b key -> b 1 query key", query=mask.shape[1])
+        embeddings = self.transformer(ids, attention_mask=attended).last_hidden_state
+        return Conditioning(embeddings, mask, longest=longest)
 
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt before it is cut, with the end token."""
         return [len(ids) for ids in self.tokenizer(prompts).input_ids]
+
+    def cuts(self, prompts: list[str]) -> dict[str, list[bool]]:
+        """Which prompts are longer than is encoded: `text`."""
+        return {"text": [length > self.config.max_length for length in self.num_tokens(prompts)]}
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids `(B, L)` -> embeddings `(B, L, D)`."""
@@ -138,7 +154,8 @@ def _resolve(config: T5EncoderConfig) -> T5EncoderConfig:
     found = ADAPTER.config_from_public(transformers.T5Config.from_pretrained(folder, local_files_only=True).to_dict())
     beside = [place for place in (root / "tokenizer", folder.parent / "tokenizer") if place.is_dir()]
     tokenizer_path = config.tokenizer_path or str(beside[0] if beside else folder)
-    return dataclasses.replace(found, path=str(folder), tokenizer_path=tokenizer_path, max_length=config.max_length)
+    ours = {name: getattr(config, name) for name in _OURS}
+    return dataclasses.replace(found, path=str(folder), tokenizer_path=tokenizer_path, **ours)
 
 
 def build(config: T5EncoderConfig) -> T5TextEncoder:
@@ -197,13 +214,8 @@ class T5Adapter:
 
 
 def parallelize(model: T5TextEncoder, mesh: Any = None, options: ParallelOptions | None = None) -> T5TextEncoder:
-    """`model`, unchanged: it is frozen and runs whole on each device.
-
-    Raises:
-        ParallelError: `mesh` splits a sample or a model.
-    """
-    if degrees := split_degrees(mesh):
-        raise ParallelError(f"text/t5 runs whole on each device, but the mesh has {degrees}: set those degrees to 1.")
+    """`model`, unchanged: it runs whole on each rank. A split transformer takes what it gives, so that a gradient of it is part
+    of a sum already."""
     return model
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,16 @@ class DecodedChunk:
     cache: ChunkCache
 
 
+class ClipSplit(Protocol):
+    """How clips are encoded and decoded by several processes, each with a part of the frames; see `parallelize`."""
+
+    def encode(self, vae: VideoVAE, video: Tensor) -> Posterior:
+        """The whole posterior, on each of them, of a checked video, which each of them has."""
+
+    def decode(self, vae: VideoVAE, latents: Tensor, sigma: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """The whole video, on each of them, of checked latents, which each of them has."""
+
+
 class VideoVAE(nn.Module):
     """Base of all video VAEs.
 
@@ -69,6 +79,8 @@ class VideoVAE(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.split: ClipSplit | None = None
+        """Set by `parallelize` where several processes share a clip."""
         self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latents_std", torch.ones(config.latent_channels))
 
@@ -129,7 +141,7 @@ class VideoVAE(nn.Module):
         """
         self.check_video(video)
         self._check_frames(video.shape[2])
-        return self._encode(video)
+        return self._encode(video) if self.split is None else self.split.encode(self, video)
 
     def decode(self, latents: Tensor, sigma: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Video `(B, 3, T, H, W)`, roughly in [-1, 1], of raw latents `(B, C, T', H', W')`.
@@ -145,6 +157,8 @@ class VideoVAE(nn.Module):
         """
         self._check_latents(latents)
         self._check_sigma(sigma)
+        if self.split is not None:
+            return self.split.decode(self, latents, sigma, generator)
         return self._decode(latents, sigma, generator)
 
     def forward(self, video: Tensor, noise: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from videofm.types import AttentionFn
 
 Norm = Callable[[int], nn.Module]
-"""Makes the norm of so many channels."""
+"""Makes the norm of so many channels, which takes a cache as a convolution does."""
 
 
 class ResBlock(nn.Module):
@@ -40,8 +40,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """`x` -> the same frames, of another width perhaps."""
-        h = self.conv1(silu(self.norm1(x)), cache)
-        h = self.conv2(silu(self.norm2(h)), cache)
+        h = self.conv1(silu(self.norm1(x, cache)), cache)
+        h = self.conv2(silu(self.norm2(h, cache)), cache)
         return h + (x if self.shortcut is None else self.shortcut(x, cache))
 
 
@@ -54,14 +54,14 @@ class FrameAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.attend: AttentionFn = choose("auto", AttentionSpec(1, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """`x` -> the same shape."""
-        return x + self.attended(x)
+        return x + self.attended(x, cache)
 
-    def attended(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """What is added to `x`."""
         num_frames, height, width = x.shape[2:]
-        tokens = rearrange(self.norm(x), "b c t h w -> (b t) (h w) c")
+        tokens = rearrange(self.norm(x, cache), "b c t h w -> (b t) (h w) c")
         q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # (B T, H W, 1, C)
         tokens = self.out(self.attend(q, k, v, None).squeeze(2))
         return rearrange(tokens, "(b t) (h w) c -> b c t h w", t=num_frames, h=height, w=width)

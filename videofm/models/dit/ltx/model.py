@@ -20,7 +20,8 @@ from videofm.errors import DataError
 from videofm.models.dit.ltx.config import LTXDiTConfig
 from videofm.ops.embedding import ScalarEmbedding
 from videofm.ops.norm import RMSNorm, rms_norm
-from videofm.ops.rope import RotaryTable, rotary_table, rotate, video_coordinates
+from videofm.ops.qk_norm_rope import qk_norm_rope
+from videofm.ops.rope import RotaryTable, rotary_table, video_coordinates
 from videofm.types import Compression, Conditioning
 
 if TYPE_CHECKING:
@@ -54,9 +55,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, table: RotaryTable | None = None, mask: Tensor | None = None) -> Tensor:
         """`x` `(B, L, D)` attends to `context` `(B, S, D)` -> `(B, L, D)`; `mask` broadcasts to `(B, N, L, S)`."""
-        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(context)), self.v(context)
-        if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
+        q, k, v = self.q(x), self.k(context), self.v(context)
+        if table is None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            turned = qk_norm_rope(q, k, self.q_norm, self.k_norm, table, "adjacent")
+            q, k = turned.q, turned.k
         q, k, v = (rearrange(y, "b l (n k) -> b l n k", n=self.num_heads) for y in (q, k, v))
         return self.out(rearrange(self.attend(q, k, v, mask), "b l n k -> b l (n k)"))
 
@@ -88,11 +92,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor, table: RotaryTable) -> Tensor:
         """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`."""
         attention, mlp = self._modulations(time)
-        h = rms_norm(x, self.norm_eps) * (1 + attention.scale) + attention.shift
-        x = x + attention.gate * self.self_attention(h, h, table)
+        h = rms_norm(x, self.norm_eps, 1 + attention.scale, attention.shift)
+        x = torch.addcmul(x, attention.gate, self.self_attention(h, h, table))
         x = x + self.cross_attention(x, text, mask=text_mask)
-        h = rms_norm(x, self.norm_eps) * (1 + mlp.scale) + mlp.shift
-        return x + mlp.gate * self.feed_forward(h)
+        h = rms_norm(x, self.norm_eps, 1 + mlp.scale, mlp.shift)
+        return torch.addcmul(x, mlp.gate, self.feed_forward(h))
 
     def _modulations(self, time: Tensor) -> tuple[Modulation, Modulation]:
         rows = self.scale_shift_table + rearrange(time, "b l (six d) -> b l six d", six=6)
@@ -161,11 +165,11 @@ class LTXVideoDiT(nn.Module):
         text_mask = conditioning.mask.bool()
         text_mask = rearrange(text_mask | ~text_mask.any(dim=1, keepdim=True), "b s -> b 1 1 s")
 
-        x = self.proj_in(latent_tokens)
+        x = self.proj_in(latent_tokens).to(self.scale_shift_table.dtype)  # under autocast too, as the gates would make it
         for block in self.blocks:
             x = block(x, block_time, text, text_mask, table)
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
-        x = layer_norm(x, x.shape[-1:], eps=OUT_NORM_EPS) * (1 + scale) + shift
+        x = torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=OUT_NORM_EPS), 1 + scale)
         return self.proj_out(x)
 
     def coordinates(

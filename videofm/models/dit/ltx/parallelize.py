@@ -1,15 +1,61 @@
-"""How the LTX transformer is laid out over devices: binds the attention of every block to what was configured."""
+"""How the LTX transformer is laid out over devices: what tensor ranks split, and the attention of every block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from videofm.models.bind import bind_blocks
 from videofm.models.dit.ltx.model import LTXVideoDiT
 from videofm.models.spec import ParallelOptions
+from videofm.ops.rope import RotaryTable
+from videofm.parallel import tensor
+from videofm.parallel.sequence_plan import SequencePlan
+from videofm.parallel.tensor import Split, TensorMesh, TensorTable
+
+TENSOR_TABLE: TensorTable = (
+    Split("blocks.*_attention", "heads"),
+    Split("blocks.*_attention.[qkv]", "column"),
+    Split("blocks.*_attention.[qk]_norm", "norm"),
+    Split("blocks.*_attention.out", "row"),
+    Split("blocks.*.feed_forward.linear1", "column"),
+    Split("blocks.*.feed_forward.linear2", "row"),
+    Split("caption_projection.linear1", "column"),
+    Split("caption_projection.linear2", "row"),
+)
+"""What tensor ranks split. Replicated are the ways in and out, the noise level, and the tables that it modulates with."""
+
+SEQUENCE_PLAN = SequencePlan(split={"latent_tokens": 1, "sigma": 1, "coordinates": 2}, gather=1)
+"""What context ranks split, by its dim of tokens. The text goes whole to each."""
 
 
 def parallelize(model: LTXVideoDiT, mesh: Any = None, options: ParallelOptions | None = None) -> LTXVideoDiT:
-    """`model` with `attend` of every block bound; arguments and errors are those of `bind_blocks`."""
-    bind_blocks(model, mesh, options)
+    """`model` split over the tensor ranks of `mesh`, with `attend` of every block bound, and its tokens over the context ranks.
+
+    Arguments and errors are those of `split_tensors`, `bind_blocks` and `SequencePlan.apply`; `mesh` None is one process.
+    """
+    if getattr(mesh, "tensor_degree", 1) > 1:
+        split_tensors(model, mesh)
+    place = bind_blocks(model, mesh, options)
+    if place is not None:
+        SEQUENCE_PLAN.apply(model, place)
     return model
+
+
+def split_tensors(model: LTXVideoDiT, mesh: TensorMesh) -> None:
+    """Split `model`, in place; see `parallel.tensor.apply`. A rank turns its heads by their own angles."""
+    tensor.apply(model, TENSOR_TABLE, mesh)
+    for block in model.blocks:
+        block.self_attention.register_forward_pre_hook(_own_angles(mesh))  # type: ignore[union-attr]
+
+
+def _own_angles(mesh: TensorMesh) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A hook that gives a module, for a table of all channels `(B, L, D)`, that of this rank's channels."""
+    rank, degree = mesh.tensor_rank, mesh.tensor_degree
+
+    def own(table: RotaryTable) -> RotaryTable:
+        return RotaryTable(table.cos.chunk(degree, dim=-1)[rank], table.sin.chunk(degree, dim=-1)[rank])
+
+    return lambda module, args: tuple(own(value) if isinstance(value, RotaryTable) else value for value in args)

@@ -21,7 +21,8 @@ from videofm.errors import ConfigError, DataError
 from videofm.models.dit.step_video.config import StepVideoDiTConfig
 from videofm.ops.embedding import ScalarEmbedding
 from videofm.ops.norm import RMSNorm
-from videofm.ops.rope import RotaryTable, cell_coordinates, cell_rotary_table, rotate_halves
+from videofm.ops.qk_norm_rope import qk_norm_rope
+from videofm.ops.rope import RotaryTable, cell_coordinates, cell_rotary_table
 from videofm.types import Compression, Conditioning
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
         """`(B, L, D)` -> `(B, L, D)`."""
         q, k, v = rearrange(self.qkv(x), "b l (three n k) -> three b l n k", three=3, k=self.head_width)
-        q, k = rotate_halves(self.q_norm(q), table), rotate_halves(self.k_norm(k), table)
-        return self.out(rearrange(self.attend(q, k, v, None), "b l n k -> b l (n k)"))
+        turned = qk_norm_rope(q, k, self.q_norm, self.k_norm, table, "halves")
+        return self.out(rearrange(self.attend(turned.q, turned.k, v, None), "b l n k -> b l (n k)"))
 
 
 class CrossAttention(nn.Module):
@@ -106,11 +107,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor, table: RotaryTable) -> Tensor:
         """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`."""
         attention, mlp = self._modulations(time)
-        h = self.attention_norm(x) * (1 + attention.scale) + attention.shift
-        x = x + attention.gate * self.self_attention(h, table)
+        h = torch.addcmul(attention.shift, self.attention_norm(x), 1 + attention.scale)
+        x = torch.addcmul(x, attention.gate, self.self_attention(h, table))
         x = x + self.cross_attention(x, text, text_mask)
-        h = self.feed_forward_norm(x) * (1 + mlp.scale) + mlp.shift
-        return x + mlp.gate * self.feed_forward(h)
+        h = torch.addcmul(mlp.shift, self.feed_forward_norm(x), 1 + mlp.scale)
+        return torch.addcmul(x, mlp.gate, self.feed_forward(h))
 
     def _modulations(self, time: Tensor) -> tuple[Modulation, Modulation]:
         rows = self.scale_shift_table + rearrange(time, "b l (six d) -> b l six d", six=6)
@@ -196,11 +197,11 @@ class StepVideoDiT(nn.Module):
         block_time = self.time_modulation(silu(time))
         text, text_mask = self._text(conditioning)
 
-        x = self.proj_in(latent_tokens)
+        x = self.proj_in(latent_tokens).to(self.scale_shift_table.dtype)  # under autocast too, as the gates would make it
         for block in self.blocks:
             x = block(x, block_time, text, text_mask, table)
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
-        x = layer_norm(x, x.shape[-1:], eps=self.config.norm_eps) * (1 + scale) + shift
+        x = torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale)
         return self.proj_out(x)
 
     def _text(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:

@@ -98,11 +98,13 @@ class TemporalAttention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.attend: AttentionFn = choose("auto", AttentionSpec(1, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` -> the same shape."""
+    def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
+        """`(B, C, T, H, W)` -> the same shape; the frames of a chunk attend to those of the clip."""
         height, width = x.shape[3:]
-        tokens = self.norm(rearrange(x, "b c t h w -> (b h w) t c"))
-        q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # (B H W, T, 1, C)
+        tokens = seen = self.norm(rearrange(x, "b c t h w -> (b h w) t c"))
+        if cache is not None:
+            seen = self.norm(rearrange(cache.whole(self, x), "b c t h w -> (b h w) t c"))
+        q, k, v = (layer(tokens).unsqueeze(2) for layer, tokens in ((self.q, tokens), (self.k, seen), (self.v, seen)))
         tokens = self.out(self.attend(q, k, v, None).squeeze(2))
         return rearrange(tokens, "(b h w) t c -> b c t h w", h=height, w=width)
 
@@ -124,12 +126,12 @@ class Middle(nn.Module):
     def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """`(B, C, T, H, W)` -> the same shape."""
         x = self.blocks[0](x, cache)
-        added = self.attention.attended(x)
+        added = self.attention.attended(x, cache)
         if self.temporal is not None and self.replaces:
-            x = x + self.temporal(added)
+            x = x + self.temporal(added, cache)
         else:
             x = x + added
-            x = x if self.temporal is None else x + self.temporal(x)
+            x = x if self.temporal is None else x + self.temporal(x, cache)
         return self.blocks[1](x, cache)
 
 
@@ -174,7 +176,7 @@ class Encoder(nn.Module):
         x = self.conv_in(video, cache)
         for stage in self.stages:
             x = stage(x, cache)
-        x = self.conv_out(silu(self.norm_out(self.middle(x, cache))), cache)
+        x = self.conv_out(silu(self.norm_out(self.middle(x, cache), cache)), cache)
         mean, logvar = x.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
 
@@ -202,7 +204,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(latents, cache), cache)
         for stage in reversed(self.stages):
             x = stage(x, cache)
-        return self.conv_out(silu(self.norm_out(x)), cache)
+        return self.conv_out(silu(self.norm_out(x, cache)), cache)
 
 
 class CVVAE(VideoVAE):

@@ -197,9 +197,9 @@ class LTXVideoVAE(VideoVAE):
 
 
 def _noise_maps(generator: torch.Generator | None, cache: ChunkCache | None) -> NoiseMaps | None:
-    """The maps of a call; those of the first chunk for all chunks of a clip."""
-    if cache is not None and not cache.is_first:
-        return cache.shared.get("noise_maps")
+    """The maps of a call; those of the first chunk for all chunks of a stream."""
+    if cache is not None and "noise_maps" in cache.shared:
+        return cache.shared["noise_maps"]
     maps = None if generator is None else NoiseMaps(generator)
     if cache is not None:
         cache.shared["noise_maps"] = maps

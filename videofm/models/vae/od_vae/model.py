@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, silu
 from videofm.models.vae.base import LOGVAR_RANGE, VideoVAE
 from videofm.models.vae.blocks import FrameAttention, ResBlock
 from videofm.models.vae.od_vae.config import KERNEL_TIMES, ODVAEConfig
-from videofm.ops.causal_conv import CausalConv3d, ChunkCache
+from videofm.ops.causal_conv import CausalConv3d, ChunkCache, Surrounded
 from videofm.ops.norm import GroupNorm
 from videofm.types import Posterior
 
@@ -53,18 +53,19 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """`(B, C, T, H, W)` -> `(B, C, 2 T - 1 or T, 2 H, 2 W)`; of a later chunk 2 T frames."""
         if self.time is not None:
-            x = self._double_time(x, num_kept=1 if cache is None or cache.is_first else 0)
+            x = self._double_time(x, cache)
         return self.conv(interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode=self.space), cache)
 
-    def _double_time(self, x: Tensor, num_kept: int) -> Tensor:
+    def _double_time(self, x: Tensor, cache: ChunkCache | None) -> Tensor:
+        num_kept = 1 if cache is None or cache.is_first else 0
         kept, doubled = x[:, :, :num_kept], x[:, :, num_kept:]
-        if doubled.shape[2] == 0:
-            return kept
         if self.time == "nearest":
-            doubled = doubled.repeat_interleave(2, dim=2)
-        else:
-            doubled = interpolate(doubled, scale_factor=(2.0, 1.0, 1.0), mode="trilinear")
-        return torch.cat([kept, doubled], dim=2)
+            return torch.cat([kept, doubled.repeat_interleave(2, dim=2)], dim=2)
+        seen = Surrounded(doubled, 0) if cache is None else cache.around(self, doubled, 1, 1)
+        if seen.frames.shape[2] == 0:
+            return kept
+        interpolated = interpolate(seen.frames, scale_factor=(2.0, 1.0, 1.0), mode="trilinear")
+        return torch.cat([kept, interpolated[:, :, 2 * seen.num_before :][:, :, : 2 * doubled.shape[2]]], dim=2)
 
 
 class Stage(nn.Module):
@@ -97,7 +98,7 @@ class Middle(nn.Module):
     def forward(self, x: Tensor, cache: ChunkCache | None = None) -> Tensor:
         """`x` -> the same shape."""
         before, after = self.blocks
-        return after(self.attention(before(x, cache)), cache)
+        return after(self.attention(before(x, cache), cache), cache)
 
 
 class Encoder(nn.Module):
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
         for stage in self.stages:
             x = stage(x, cache)
         x = self.middle(x, cache)
-        return self.conv_out(silu(self.norm_out(x)), cache)
+        return self.conv_out(silu(self.norm_out(x, cache)), cache)
 
 
 class Decoder(nn.Module):
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(latents, cache), cache)
         for stage in reversed(self.stages):
             x = stage(x, cache)
-        return self.conv_out(silu(self.norm_out(x)), cache)
+        return self.conv_out(silu(self.norm_out(x, cache)), cache)
 
 
 class ODVideoVAE(VideoVAE):

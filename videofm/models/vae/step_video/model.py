@@ -221,6 +221,11 @@ class StepVideoVAE(VideoVAE):
         self, latents: Tensor, sigma: Tensor | None, generator: torch.Generator | None, cache: ChunkCache | None = None
     ) -> Tensor:
         _check_follows(cache, latents.shape[2])
+        video = self.decode_chunks(latents)
+        return blend_seams(video) if self.config.blend_seams else video
+
+    def decode_chunks(self, latents: Tensor) -> Tensor:
+        """As `decode`, of checked latents and with the seams as they are."""
         chunks = latents.split(self.config.chunk_latents, dim=2)
         video = self.decoder(chunks[0])
         if len(chunks) == 1:
@@ -231,7 +236,7 @@ class StepVideoVAE(VideoVAE):
         for index, chunk in enumerate(chunks):
             start = index * CHUNK_FRAMES
             video[:, :, start : start + CHUNK_FRAMES] = self.decoder(chunk) if index else first
-        return blend_seams(video) if self.config.blend_seams else video
+        return video
 
     def _check_frames(self, num_frames: int) -> None:
         if num_frames != 1 and (num_frames == 0 or num_frames % CHUNK_FRAMES):
@@ -270,6 +275,8 @@ def blend_seams(video: Tensor) -> Tensor:
     The first frame of a chunk keeps 0.6 of itself and gets 0.4 of the last frame before it. That one then keeps 0.6 of itself
     and gets 0.4 of the new first frame: 0.76 and 0.24 of what was decoded.
     """
+    if video.shape[2] <= CHUNK_FRAMES:
+        return video
     before, after = slice(CHUNK_FRAMES - 1, video.shape[2] - 1, CHUNK_FRAMES), slice(CHUNK_FRAMES, None, CHUNK_FRAMES)
     last, first = video[:, :, before], video[:, :, after]
     blended = SEAM_WEIGHT * first + (1 - SEAM_WEIGHT) * last

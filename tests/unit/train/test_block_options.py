@@ -1,0 +1,75 @@
+"""From a training config to the blocks of a transformer: compile, recompute, offload; and what is refused."""
+
+import pytest
+import torch
+
+from videofm import models
+from videofm.config.train import TrainConfig
+from videofm.errors import ConfigError
+from videofm.train import build
+
+
+class Alone:
+    """The mesh of one process."""
+
+    tensor_degree = context_degree = 1
+
+
+def config(trainer=None, **parallel):
+    return TrainConfig.model_validate(
+        {
+            "kind": "train",
+            "models": {"vae": {"name": "vae/ltx"}, "text_encoder": {"name": "text/t5"}, "dit": {"name": "dit/ltx"}},
+            "objective": {"kind": "flow_matching", "noise_levels": {"kind": "uniform"}},
+            "optimizer": {"lr": 1e-3},
+            "data": {"manifest": "nowhere", "num_frames": 9, "height": 32, "width": 32, "micro_batch_size": 1},
+            "trainer": {"max_steps": 1} | (trainer or {}),
+            "parallel": parallel,
+        }
+    )
+
+
+@pytest.fixture
+def dit():
+    return models.build("dit/ltx", "tiny", num_layers=4, num_heads=2, head_width=16)
+
+
+def test_the_config_reaches_the_blocks(dit, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    build._parallelize(dit, Alone(), config(), "dit")
+    assert [("forward" in vars(block)) for block in dit.blocks] == [False] * 4
+    build._parallelize(dit, Alone(), config(activation_checkpointing="full", checkpoint_every_blocks=2), "dit")
+    assert [("forward" in vars(block)) for block in dit.blocks] == [True, False, True, False] and not compiled
+    build._parallelize(dit, Alone(), config({"compile": True}), "dit")
+    assert len(compiled) == 4
+    with pytest.raises(ConfigError, match=r"offload_activations is true, but the model is on cpu"):
+        build._parallelize(dit, Alone(), config(offload_activations=True), "dit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (config({"compile": True}), r"trainer\.compile: this is about blocks of a transformer, and vae has none"),
+        (config(activation_checkpointing="full"), r"parallel\.activation_checkpointing: .* and vae has none\. Leave it out"),
+        (config(offload_activations=True), r"parallel\.offload_activations: .* and vae has none\. Leave it out"),
+    ],
+)
+def test_a_run_without_a_transformer_has_no_use_for_them(dit, settings, message):
+    build._check_blocks(settings, {"dit": dit})
+    with pytest.raises(ConfigError, match=message):
+        build._check_blocks(settings, {"vae": models.build("vae/ltx", "tiny", device="meta")})
+    build._check_blocks(config(), {"vae": models.build("vae/ltx", "tiny", device="meta")})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"zero_stage": 3}, r"trainer\.compile with parallel\.zero_stage 3: .* Set trainer\.compile to false"),
+        ({"tensor_degree": 2}, r"trainer\.compile with parallel\.tensor_degree 2: .* take ZeRO stage 2 and tensor_degree 1"),
+    ],
+)
+def test_what_talks_to_other_ranks_is_not_compiled(dit, parallel, message):
+    build._check_blocks(config(**parallel), {"dit": dit})
+    with pytest.raises(ConfigError, match=message):
+        build._check_blocks(config({"compile": True}, **parallel), {"dit": dit})

@@ -1,0 +1,165 @@
+"""Ranks that share samples: one of them reads and the others are told, and now and then all compare what they hold.
+
+The ranks of a `sample_group` (`context x tensor`) work on the same clips. The leader decodes them and broadcasts each
+micro-batch as tensors and one JSON text; the others know from the plan how many there are, and where in the data they stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from videofm.data.loader import Step, StepLoader
+from videofm.data.plan import PlanState
+from videofm.errors import DataError, ParallelError
+from videofm.parallel.collectives import naming
+from videofm.parallel.mesh import Mesh
+from videofm.types import Batch
+
+_SAMPLED = 1 << 16
+"""Elements of a tensor that its digest reads, evenly spaced."""
+
+_WEIGHTS_A_TIME = 8
+"""Weights that one comparison looks at; the next one takes the next ones."""
+
+
+def shared_steps(loader: StepLoader, state: PlanState, mesh: Mesh) -> Iterator[Step]:
+    """The steps of `loader` from `state` on, decoded by one rank of each sample group, whose ranks go through them together.
+
+    Raises:
+        DataError: the leader could not read a clip; every rank of the group raises it.
+    """
+    if mesh.sample_degree == 1:
+        yield from loader.steps(state)
+    elif mesh.is_leader:
+        yield from _tell(loader.steps(state), mesh)
+    else:
+        for step in loader.plan.steps(state):
+            count = len(step.share(mesh.data_rank, mesh.data_degree))
+            yield Step([share_batch(None, mesh) for _ in range(count)], step.num_samples, step.after)
+
+
+def _tell(steps: Iterator[Step], mesh: Mesh) -> Iterator[Step]:
+    while True:
+        try:
+            step = next(steps)
+        except DataError as error:
+            _share_text(json.dumps({"error": str(error)}), mesh)
+            raise
+        yield Step([share_batch(batch, mesh) for batch in step.batches], step.num_samples, step.after)
+
+
+def share_batch(batch: Batch | None, mesh: Mesh) -> Batch:
+    """The micro-batch that the leader of the sample group brings, on the device of each of its ranks; others bring None.
+
+    Raises:
+        DataError: the leader could not read it.
+    """
+    described = "" if batch is None else json.dumps(_describe(batch))
+    found = json.loads(_share_text(described, mesh))
+    if "error" in found:
+        raise DataError(f"{found['error']} (read by rank {mesh.leader})")
+    values: dict[str, Any] = found["values"]
+    for name, (dtype, shape) in found["tensors"].items():
+        if batch is not None:
+            tensor = getattr(batch, name).to(mesh.device).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=mesh.device)
+        _broadcast(tensor, mesh)
+        values[name] = tensor
+    return Batch(**values)
+
+
+def _describe(batch: Batch) -> dict[str, Any]:
+    """What is told before the tensors: their types and shapes, and all that is no tensor."""
+    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
+    return {
+        "tensors": {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()},
+        "values": {name: value for name, value in parts.items() if name not in tensors},
+    }
+
+
+def _share_text(text: str, mesh: Mesh) -> str:
+    """The leader's `text` on every rank of the sample group."""
+    data = text.encode()
+    length = torch.tensor([len(data)], device=mesh.device)
+    _broadcast(length, mesh)
+    content = torch.empty(int(length), dtype=torch.uint8, device=mesh.device)
+    if mesh.is_leader:
+        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    _broadcast(content, mesh)
+    return bytes(content.cpu().numpy()).decode()
+
+
+def _broadcast(tensor: Tensor, mesh: Mesh) -> None:
+    with naming("broadcast of a batch", mesh.sample_group):
+        dist.broadcast(tensor, mesh.leader, group=mesh.sample_group)
+
+
+def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """See that ranks which share samples hold the same batches, and the context ranks among them the same weights.
+
+    Digests are of evenly spaced elements, bit by bit; of the weights a few at a time, in turn. Weights that ZeRO 3 shards are
+    on no rank whole and have no double that could differ.
+
+    Args:
+        step: the number of the optimizer step, for the message.
+        turn: how many comparisons there were before; says which weights are looked at.
+        batches: the micro-batches of the step.
+        weights: name -> parameter, in one order on all ranks.
+        mesh: all ranks of it call.
+
+    Raises:
+        ParallelError: ranks differ; the message has the first thing in which they do.
+    """
+    if mesh.sample_degree == 1:
+        return
+    read: dict[str, Any] = {}
+    for index, batch in enumerate(batches):
+        read |= {f"{field.name} of micro-batch {index}": getattr(batch, field.name) for field in fields(batch)}
+    _compare(step, read, mesh.sample_group, mesh.device)
+    whole = [name for name, weight in weights.items() if weight.shape == getattr(weight, "ds_shape", weight.shape)]
+    if mesh.context_degree > 1 and whole:
+        looked_at = {whole[(turn * _WEIGHTS_A_TIME + index) % len(whole)] for index in range(_WEIGHTS_A_TIME)}
+        held = {f"weight {name}": weights[name] for name in whole if name in looked_at}
+        _compare(step, held, mesh.context_group, mesh.device)
+
+
+def _compare(step: int, held: Mapping[str, Any], group: dist.ProcessGroup, device: torch.device) -> None:
+    mine = torch.tensor([digest(value) for value in held.values()], device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    with naming("comparison of digests", group):
+        dist.all_gather(found, mine, group=group)
+    differs = (torch.stack(found) != found[0]).cpu()  # (ranks, things)
+    if not differs.any():
+        return
+    ranks = dist.get_process_group_ranks(group)
+    thing = int(differs.any(dim=0).nonzero()[0])
+    others = [str(ranks[index]) for index in differs[:, thing].nonzero().flatten().tolist()]
+    raise ParallelError(
+        f"after step {step} rank{'s' * (len(others) > 1)} {', '.join(others)} and rank {ranks[0]} differ in "
+        f"{list(held)[thing]}, which ranks that share samples must hold alike: the run cannot be trusted from here. Resume "
+        "from the last checkpoint; if it happens again, look for draws or kernels that depend on the rank, or for a faulty "
+        "device."
+    )
+
+
+def digest(value: Any) -> int:
+    """63 bits of a tensor (up to 65,536 of its elements, evenly spaced, with type and shape) or of what JSON can write."""
+    if not isinstance(value, Tensor):
+        return _hash(json.dumps(value).encode())
+    flat = value.detach().flatten()
+    sample = flat[:: max(1, -(-flat.numel() // _SAMPLED))].contiguous().cpu()
+    return _hash(f"{value.dtype} {tuple(value.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
