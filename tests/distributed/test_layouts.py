@@ -37,9 +37,11 @@ DIT = {
         "train_text_encoder": True,
     },
 }
+LTX = {"name": "dit/ltx", "overrides": {"num_layers": 2}}
+STEP_VIDEO = {"name": "dit/step_video", "overrides": {"num_layers": 2, "clip_channels": 0}}
 CASES: dict[str, dict[str, Any]] = {
-    "ltx": {**DIT, "models": {**DIT["models"], "dit": {"name": "dit/ltx"}}},
-    "step_video": {**DIT, "models": {**DIT["models"], "dit": {"name": "dit/step_video", "overrides": {"clip_channels": 0}}}},
+    "ltx": {**DIT, "models": {**DIT["models"], "dit": LTX}},
+    "step_video": {**DIT, "models": {**DIT["models"], "dit": STEP_VIDEO}},
     "vae": {
         "models": {"vae": {"name": "vae/ltx"}, "discriminator": {"name": "discriminator/patchgan_3d", "size": "tiny"}},
         "objective": {"kind": "autoencoder", "gan": {"weight": 0.1, "adaptive": True}, "num_statistics_clips": 2},
@@ -134,17 +136,17 @@ def name_of(case: str, clip: float) -> str:
 
 
 def keys(world_size: int) -> list[tuple[str, tuple[int, int, int], int, float, str]]:
-    """Case, degrees, ZeRO stage, clipping limit, strategy. Clipping alternates, so that each layout sees both."""
+    """Case, degrees, ZeRO stage, clipping limit, strategy. Clipping alternates: each layout and each stage sees both."""
     found = []
-    for degrees in LAYOUTS[world_size]:
+    for number, degrees in enumerate(LAYOUTS[world_size]):
         strategies = ["auto"] if degrees[1] < 4 else ["auto", "unified", "ring", "allgather_kv"]
         for case in CASES:
             if case == "vae" and degrees[2] > 1:
                 continue  # nothing of a VAE is split over tensor ranks
             stages = [stage for stage in STAGES if not (case == "vae" and stage == 3)]  # its phases share models
-            for index, stage in enumerate(stages):
-                strategy = strategies[index % len(strategies)] if case != "vae" else "auto"
-                found += [(case, degrees, stage, clip, strategy) for clip in ((0.0, 0.05) if stage in (1, 3) else (0.05,))]
+            for stage in stages:
+                strategy = strategies[stage % len(strategies)] if case != "vae" else "auto"
+                found.append((case, degrees, stage, (0.0, 0.05)[(stage + number) % 2], strategy))
     return found
 
 

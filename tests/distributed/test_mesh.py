@@ -1,4 +1,4 @@
-"""Ranks of a mesh at work: sums over the right ranks, one reader for those that share samples, digests, and a rank that dies."""
+"""Ranks of a mesh at work: sums over the right ranks, one reader for those that share samples, digests, a rank that dies."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def comparing(mesh: Any) -> dict[str, str]:
 
     last = mesh.rank == mesh.world_size - 1
     weights = {f"model.{index}": torch.ones(3) * (1 + mesh.tensor_rank) for index in range(20)}
-    weights["model.13"] = weights["model.13"] + 1e-7 * last
+    weights["model.13"] = weights["model.13"] + 1e-6 * last
     batches = [micro_batch(mesh.data_rank, 0, index) for index in range(2)]
 
     def say(turn: int, changed: bool) -> str:
@@ -203,12 +203,12 @@ def test_a_rank_that_dies_in_a_collective_is_told_of_by_all_others(tmp_path: Pat
     """Within the timeout, with the operation and the group."""
     folder = tmp_path / str(stage)
     folder.mkdir()
-    launch_ranks(__file__, 4, folder, codes=[0, 0, 0, -signal.SIGKILL])
+    launch_ranks(__file__, 4, folder, codes=[0, 0, 0, -signal.SIGKILL], timeout=280.0)
     for rank in range(3):
         found = json.loads((folder / f"{rank}.json").read_text())
         assert found["said"].startswith("CollectiveError: "), (rank, found)
         operation, rest = found["said"].removeprefix("CollectiveError: ").split(" over ", 1)
-        assert operation in ("all_reduce", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor"), found
+        assert operation.startswith(("all_reduce", "all_gather", "reduce_scatter")), found
         assert rest.startswith(("the gradient group (ranks 0, 1, 2, 3) failed after", "the data group (ranks ")), found
         assert found["seconds"] < TIMEOUT, (rank, found)
 

@@ -309,8 +309,8 @@ PAIRS = {"dit/ltx": (0, 3), "dit/step_video": (1, 2)}
 
 
 def training(name: str, world_size: int, mesh_of: Any) -> dict[str, dict[str, float]]:
-    """Errors of three steps, on two ranks at every ZeRO stage and on four at two of them a model; and, on two ranks, of steps that
-    change the layout before the last."""
+    """Errors of three steps: on two ranks at every ZeRO stage, on four at two of them; on two ranks also of steps that change
+    the layout before the last."""
     found, expected = {}, reference(name)
     kept: dict[tuple[int, int], dict[str, Any]] = {}
     all_, moves = ((0, 1, 2, 3), PAIRS[name]) if world_size == 2 else (PAIRS[name], ())

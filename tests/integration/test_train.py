@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.demo_shards import write_demo_shards
-from videofm import models
+from videofm import models, sampling
 from videofm.models.vae.statistics import apply_statistics
 
 VAE = {
@@ -155,14 +155,46 @@ def test_two_ranks_give_the_loss_curve_of_one(work, straight):
     assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(one, two, strict=True)) < 1e-3
 
 
+LAYOUTS = {
+    "ulysses": ("context_degree=4", "zero_stage=2"),
+    "unified": ("context_degree=4", "context_strategy=unified", "ulysses_degree=2", "activation_checkpointing=selective"),
+    "ring": ("data_degree=2", "context_degree=2", "context_strategy=ring", "zero_stage=3"),
+    "tensor": ("data_degree=2", "tensor_degree=2"),
+    "all_ways": ("context_degree=2", "tensor_degree=2", "zero_stage=0"),
+}
+"""Five ways to train on four processes."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_gives_the_loss_curve_and_the_samples_of_one_rank(work, straight, layout):
+    """The same clips on four processes: losses to 1e-4 over 20 steps, and then the same videos of the same noise."""
+    run = work / layout
+    finished(train(work, layout, DIT, *(f"parallel.{degree}" for degree in LAYOUTS[layout]), max_steps=20))
+    one, four = rows(straight), rows(run)
+    assert [row["step"] for row in four] == list(range(1, 21))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, four, strict=True)) < 1e-4
+    assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(one, four, strict=True)) < 1e-3
+    videos = [
+        sampling.generate(folder, ["a red circle", "a square"], seed=3, num_frames=9, height=32, width=32, num_steps=4)
+        for folder in (straight, run)
+    ]
+    assert videos[0].std() > 0.01
+    assert (videos[0] - videos[1]).abs().max() < 1e-3
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(work, straight):
-    """Killed on one rank, resumed on two under another ZeRO stage: the same order of samples, and losses to 1e-4."""
+    """Killed on one rank, resumed on two under another ZeRO stage, stopped, and resumed on four that split samples and weights:
+    the same order of samples, and losses to 1e-4."""
     run = work / "more_ranks"
     process = train(work, run.name, DIT, max_steps=20)
     wait_for_step(run, 8)
     process.kill()
     process.communicate()
-    finished(train(work, run.name, DIT, "parallel.data_degree=2", "parallel.zero_stage=3", max_steps=20))
+    process = train(work, run.name, DIT, "parallel.data_degree=2", "parallel.zero_stage=3", max_steps=20)
+    wait_for_step(run, 13)
+    process.kill()
+    process.communicate()
+    finished(train(work, run.name, DIT, "parallel.context_degree=2", "parallel.tensor_degree=2", max_steps=20))
     one, two = rows(straight), rows(run)
     assert [row["step"] for row in two] == list(range(1, 21))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)) < 1e-4

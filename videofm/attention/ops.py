@@ -176,7 +176,7 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _apart(*tensors: Tensor) -> list[Tensor]:
-    """`tensors` in storages of their own, as results of an operator must be; strategies and kernels may fill one for several."""
+    """`tensors` in storages of their own, as results of an operator must be; strategies and kernels may share one."""
     seen: set[int] = set()
     result = []
     for x in tensors:

@@ -47,7 +47,7 @@ class ModelConfig(Section):
         "several; null finds the one that `name` is.",
     )
     lora: LoraConfig | None = Field(None, description="Train adapters in place of the weights; null trains the weights.")
-    attention: str = Field("auto", description="Backend of self-attention: auto, math, sdpa, flash_attn or xformers.")
+    attention: str = Field("auto", description="Backend of self-attention: auto, math, sdpa, flash_attn, xformers or flex.")
     cross_attention: str = Field("auto", description="Backend of attention to the text, which is masked; the same names.")
 
     @field_validator("name")

@@ -6,6 +6,7 @@ user needs to know who waited for whom, at what.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def naming(doing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]
         operation, where = (found[0], found[1]) if found else (doing, group)
         during = f" (in the {doing})" if found else ""
         raise CollectiveError(
-            f"{operation} over {group_name(where)} failed after {seconds:.1f} s{during}: {_first_line(error)}. A rank of "
+            f"{operation} over {group_name(where)} failed after {seconds:.1f} s{during}: {_reason(error)}. A rank of "
             "the group ended or came too late; look at its log. Run the same command again to go on from the last checkpoint, "
             "with a larger parallel.timeout if it was only slow."
         ) from error
@@ -96,5 +97,7 @@ def _listed(ranks: list[int], most: int = 16) -> str:
     return ", ".join(map(str, ranks[:most])) + more
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error, without the place in the source of gloo."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\]\s*", "", line).split(". ")[0].rstrip(".")

@@ -98,8 +98,8 @@ def _check_tensor_ranks(config: TrainConfig, trained: Mapping[str, nn.Module]) -
     degree = config.parallel.tensor_degree
     if degree > 1 and not split_heads(trained):
         raise ParallelError(
-            f"parallel.tensor_degree is {degree}, but {', '.join(sorted(trained))} cannot be split over tensor ranks: they would "
-            "all do the same work. Set it to 1, and raise data_degree or context_degree instead."
+            f"parallel.tensor_degree is {degree}, but {', '.join(sorted(trained))} cannot be split over tensor ranks: "
+            "they would all do the same work. Set it to 1, and raise data_degree or context_degree instead."
         )
 
 

@@ -168,6 +168,20 @@ def test_flash_blocks(install, version):
     check_against_math(FLASH, mask)  # goes to PyTorch's kernel
 
 
+def test_flash_is_told_of_dead_rows_in_its_own_way(install):
+    """A row whose lse is -inf adds nothing: the kernel computes `exp(logit - lse)`, which is 0 for +inf."""
+    install(2)
+    q, k, v, dout = tensors()
+    result = MATH.forward(q, k, v, None, SCALE)
+    lse = result.lse.clone()
+    lse[:, :, 1] = -torch.inf
+    dq, dk, _ = FLASH.backward(dout, q, k, v, result.out, lse, None, SCALE)
+    assert not dq[:, 1].any()
+    live = [0, 2, 3, 4]
+    _, expected, _ = MATH.backward(dout[:, live], q[:, live], k, v, result.out[:, live], lse[..., live], None, SCALE)
+    torch.testing.assert_close(dk, expected)
+
+
 @pytest.mark.parametrize("version", FILES)
 def test_flash_calls(install, version):
     install(version)

@@ -28,26 +28,32 @@ def fresh():
 
 @pytest.mark.parametrize(("name", "dtype", "policy"), CASES)
 def test_equal_to_eager(name, dtype, policy, fresh, tmp_path):
-    """Velocity and gradients, over the largest of each; bfloat16 to two units of its last place. Two blocks, one graph."""
+    """Velocity and gradients, relative to the largest of each; two blocks, one graph.
+
+    In float32 they agree to 1e-5. In bfloat16 the two round at different places: neither is further from float32 than the other
+    by more than a factor of two (and a unit in the last place).
+    """
     model = build(name, num_layers=2)
     made, names = inputs(model), list(model.state_dict())
-    expected = gradients(model, made, dtype)
+    exact, eager = gradients(model, made), gradients(model, made, dtype)
     treat(model, compile=True, activation_checkpointing=policy)
     found = gradients(model, made, dtype)
     assert counters["stats"]["unique_graphs"] == 1
-    tolerance = 1e-5 if dtype is None else 2**-6
-    errors = {key: ((found[key] - value).abs().max() / value.abs().max()).item() for key, value in expected.items()}
-    assert {key: error for key, error in errors.items() if not error < tolerance} == {}
+
+    def errors(of):
+        return {key: ((of[key] - value).abs().max() / value.abs().max()).item() for key, value in exact.items()}
+
+    allowed = {key: 1e-5 if dtype is None else 2 * error + 2**-8 for key, error in errors(eager).items()}
+    assert {key: error for key, error in errors(found).items() if not error < allowed[key]} == {}
     assert list(model.state_dict()) == names
     models.save(model, tmp_path)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in models.load(tmp_path).state_dict().items())
 
 
-@pytest.mark.parametrize("policy", ["none", "selective"])
-def test_buckets_share_a_graph(policy, fresh, monkeypatch):
+def test_buckets_share_a_graph(fresh, monkeypatch):
     """Batches, lengths and texts of other sizes: one graph for the first, then one for all; traced only, as is enough."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = treat(build("dit/ltx", num_layers=2), compile=True, activation_checkpointing=policy)
+    model = treat(build("dit/ltx", num_layers=2), compile=True, activation_checkpointing="selective")
     graphs = []
     for batch, grid, num_text in ((2, (3, 4, 4), 6), (4, (3, 2, 4), 9), (8, (2, 4, 4), 10), (2, (5, 4, 4), 7)):
         model(*inputs(model, batch, grid, num_text)).square().mean().backward()

@@ -82,3 +82,27 @@ for scope in ("frame", "clip"):
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, (result.returncode, result.stderr)
+
+
+@pytest.mark.parametrize("shape", [(16,), (2, 1, 16), (2, 7, 16)])
+def test_modulated_rms_norm_has_the_gradients_of_its_formula(shape):
+    """Weights of a layer, of a sample's noise level and of each token's; numerically in float64, then in bfloat16."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 7, 16), shape, shape)]
+    x, weight, shift = inputs
+    expected = nn.functional.rms_norm(x, (16,), eps=1e-6) * weight + shift
+    torch.testing.assert_close(rms_norm(x, 1e-6, weight, shift), expected)
+    assert torch.autograd.gradcheck(lambda x, weight, shift: rms_norm(x, 1e-2, weight, shift), inputs)
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, 1e-2, weight), inputs[:2])
+    half = rms_norm(x.bfloat16(), 1e-6, weight.float(), shift.float())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_rms_norm_of_half_precision_warns_of_nothing(recwarn):
+    """As torch's does where input and weights differ in dtype, and takes a slow path."""
+    layer = RMSNorm(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert [str(warning.message) for warning in recwarn] == []

@@ -36,7 +36,7 @@ class NoStrategy(Strategy):
         spec: AttentionSpec | None = None,
         opaque: bool = False,
     ) -> AttentionFn:
-        """`backend` itself, or with `opaque` the same as one operator; see `Strategy.wrap`. `place` and `spec` are not needed."""
+        """`backend` itself, or with `opaque` as one operator, see `Strategy.wrap`. `place` and `spec` are not needed."""
         return super().wrap(backend, SequencePlace(), spec, opaque)
 
     def groups(self, place: SequencePlace) -> tuple[ProcessGroup | None, ProcessGroup | None]:
