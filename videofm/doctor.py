@@ -170,7 +170,9 @@ def _specs(folder: Path) -> list[_Spec]:
         )
         specs.append(_Spec("decoders", name, _decoder(name), gives, required=name == "pyav"))
     for name in registry.ATTENTION_BACKENDS:
-        gives = 'faster attention on NVIDIA GPUs: pip install "videofm[gpu]"'
+        gives = "attention with block masks on NVIDIA GPUs; comes with torch"
+        if name != "flex":
+            gives = 'faster attention on NVIDIA GPUs: pip install "videofm[gpu]"'
         specs.append(_Spec("attention", name, _attention(name), gives, required=name in ("math", "sdpa")))
     return specs
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
@@ -37,6 +37,12 @@ class MaskSpec:
     is_causal: bool = False
     window: int | None = None
     num_sink: int = 0
+    _text: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        # Made at once: torch.compile cannot look into a property that is computed on demand.
+        fields = [self.kind, self.lengths, self.is_causal, self.window, self.num_sink]
+        object.__setattr__(self, "_text", json.dumps(fields, separators=(",", ":")))
 
     # --- constructors ----------------------------------------------------------------------------------------------------
 
@@ -108,11 +114,6 @@ class MaskSpec:
     def from_text(text: str) -> MaskSpec:
         """The mask that `to_text` wrote; the same object for the same text."""
         return _from_text(text)
-
-    @cached_property
-    def _text(self) -> str:
-        fields = [self.kind, self.lengths, self.is_causal, self.window, self.num_sink]
-        return json.dumps(fields, separators=(",", ":"))
 
     # --- meaning ---------------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from videofm.evaluation.caption_following import ShapeClassifier, caption_follow
 from videofm.evaluation.reconstruction import psnr
 from videofm.objectives.flow_matching import FlowMatchingObjective
 from videofm.progress import LOG
-from videofm.run_dir import RunDirectory, read_json, read_jsonl, write_json
+from videofm.run_dir import RunDirectory, read_jsonl, write_json
 from videofm.sampling import Pipeline
 from videofm.sampling.conditioning import PixelCondition
 from videofm.stages.evaluate_vae import (
@@ -108,20 +108,12 @@ def _numbered(name: str, number: int) -> str:
 
 def measure_held_out_loss(metric: HeldOutLossMetric, run: RunDirectory, seed: int) -> dict[str, Any]:
     """Flow-matching loss at each noise level, and their mean; noise is keyed by (seed, clip), latents are the most likely."""
-    folder = existing(metric.run)
-    pipeline = Pipeline.load(folder)
+    pipeline = Pipeline.load(existing(metric.run))
     roles = {"dit": pipeline.dit, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     device = next(pipeline.dit.parameters()).device
-    objective = FlowMatchingObjective(FlowMatchingConfig(kind="flow_matching", causal_fix=trained_with_causal_fix(folder)))
+    objective = FlowMatchingObjective(FlowMatchingConfig(kind="flow_matching", causal_fix=pipeline.causal_fix))
     batches = (batch.to(device) for batch in clip_batches(metric, run, seed))
     return held_out_losses(objective, roles, batches, metric.sigmas, seed)
-
-
-def trained_with_causal_fix(folder: Path) -> bool:
-    """Whether the run or checkpoint in `folder` was trained with `objective.causal_fix`. An exported folder keeps no training
-    config; it is taken for one of LTXPipeline, which has no fix."""
-    configs = [folder / name for name in ("config.yaml", "train_config.json") if (folder / name).exists()]
-    return any(read_json(file).get("objective", {}).get("causal_fix", False) for file in configs)
 
 
 def measure_image_to_video(metric: ImageToVideoMetric, run: RunDirectory, seed: int) -> dict[str, Any]:

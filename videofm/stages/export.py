@@ -15,7 +15,7 @@ from videofm.models.vae.statistics import STATISTICS_FILE, read_statistics
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
 from videofm.sampling import Pipeline, Schedule
-from videofm.sampling.pipeline import models_folder
+from videofm.sampling.source import models_folder
 from videofm.stages.diffusers_process import run_diffusers
 
 

@@ -23,7 +23,7 @@ from videofm.data.shards import ClipRecord, Manifest, read_clip
 from videofm.errors import CheckpointError, DataError, Interrupted
 from videofm.progress import progress
 from videofm.run_dir import RunDirectory
-from videofm.sampling.pipeline import models_folder
+from videofm.sampling.source import models_folder
 from videofm.types import Batch
 
 ClipMetric = ReconstructionMetric | LatentDiagnosticsMetric | ImageCompatibilityMetric | HeldOutLossMetric | ImageToVideoMetric
