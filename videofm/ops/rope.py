@@ -103,9 +103,9 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     `x`.
     """
     if torch.compiler.is_compiling():  # which fuses this, and cannot fuse complex numbers
-        even, odd = rearrange(x, "b l (d two) -> two b l d", two=2)
-        turned = rearrange([-odd, even], "two b l d -> b l (d two)")
-        return (x.float() * table.cos + turned.float() * table.sin).to(x.dtype)
+        a, b = rearrange(x.float(), "b l (d two) -> two b l d", two=2)
+        cos, sin = table.cos[..., ::2], table.sin[..., ::2]
+        return rearrange([a * cos - b * sin, b * cos + a * sin], "two b l d -> b l (d two)").to(x.dtype)
     pairs = torch.view_as_complex(rearrange(x.float().contiguous(), "b l (d two) -> b l d two", two=2))
     return rearrange(torch.view_as_real(pairs * table.turns), "b l d two -> b l (d two)").to(x.dtype)
 

@@ -104,7 +104,7 @@ def _check_tensor_ranks(config: TrainConfig, trained: Mapping[str, nn.Module]) -
 
 
 def _check_blocks(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
-    """Refuse options about blocks of a transformer where nothing that is trained has any, and to compile what communicates."""
+    """Refuse options about blocks of a transformer where nothing that is trained has any, or where DeepSpeed breaks them."""
     parallel = config.parallel
     wanted = {
         "trainer.compile": config.trainer.compile,
@@ -117,11 +117,15 @@ def _check_blocks(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None
             f"{', '.join(names)}: this is about blocks of a transformer, and {', '.join(sorted(trained))} has none. "
             "Leave it out."
         )
-    layers = "parallel.zero_stage 3" if parallel.zero_stage == 3 else f"parallel.tensor_degree {parallel.tensor_degree}"
-    if config.trainer.compile and (parallel.zero_stage == 3 or parallel.tensor_degree > 1):
+    if parallel.zero_stage == 3 and config.trainer.compile:
         raise ConfigError(
-            f"trainer.compile with {layers}: layers talk to other ranks in the middle of a block, which cannot be compiled. "
-            "Set trainer.compile to false, or take ZeRO stage 2 and tensor_degree 1."
+            "trainer.compile with parallel.zero_stage 3: DeepSpeed gathers weights in Python around each layer, which would be "
+            "compiled anew time and again. Take zero_stage 2, or set trainer.compile to false."
+        )
+    if parallel.zero_stage == 3 and parallel.activation_checkpointing == "selective":
+        raise ConfigError(
+            "parallel.activation_checkpointing selective with parallel.zero_stage 3: DeepSpeed's linear layers add their bias "
+            "in place to products that would be kept, which makes gradients wrong. Take full, or zero_stage 2."
         )
 
 

@@ -188,7 +188,7 @@ def test_sample_refuses_images_that_do_not_fit(trained: Path, tmp_path: Path) ->
 def test_configs_of_samples_that_contradict_themselves(trained: Path) -> None:
     for fields, message in (
         ({"image": "a.png", "images": ["a.png"]}, "either `image` .* or `images`"),
-        ({"sampler": "diffusers", "image": "a.png", "solver": "heun"}, "does not read solver, image; take `sampler: videofm`"),
+        ({"sampler": "diffusers", "image": "a.png", "solver": "heun"}, "does not read image, solver; take `sampler: videofm`"),
         ({"conditions": [{"frame": 3}]}, "give either `image` or `video`"),
         ({"conditions": [{"video": "a.mp4"}]}, "`num_frames` says how many of the last frames"),
         ({"window": {"num_frames": 5, "overlap_frames": 5}}, "overlap_frames 5 must be less than num_frames 5"),

@@ -63,13 +63,18 @@ def test_a_run_without_a_transformer_has_no_use_for_them(dit, settings, message)
 
 
 @pytest.mark.parametrize(
-    ("parallel", "message"),
+    ("trainer", "policy", "message"),
     [
-        ({"zero_stage": 3}, r"trainer\.compile with parallel\.zero_stage 3: .* Set trainer\.compile to false"),
-        ({"tensor_degree": 2}, r"trainer\.compile with parallel\.tensor_degree 2: .* take ZeRO stage 2 and tensor_degree 1"),
+        (
+            {"compile": True},
+            "none",
+            r"trainer\.compile with parallel\.zero_stage 3: .* Take zero_stage 2, or set trainer\.compile",
+        ),
+        ({}, "selective", r"activation_checkpointing selective with parallel\.zero_stage 3: .* Take full, or zero_stage 2"),
     ],
 )
-def test_what_talks_to_other_ranks_is_not_compiled(dit, parallel, message):
-    build._check_blocks(config(**parallel), {"dit": dit})
+def test_what_does_not_work_under_zero_stage_3(dit, trainer, policy, message):
+    build._check_blocks(config(trainer, activation_checkpointing=policy, zero_stage=2), {"dit": dit})
+    build._check_blocks(config(activation_checkpointing="full", zero_stage=3), {"dit": dit})
     with pytest.raises(ConfigError, match=message):
-        build._check_blocks(config({"compile": True}, **parallel), {"dit": dit})
+        build._check_blocks(config(trainer, activation_checkpointing=policy, zero_stage=3), {"dit": dit})
