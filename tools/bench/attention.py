@@ -18,8 +18,9 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -49,7 +50,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sent = dict[str, int]
 
 
-def turns(runs: dict[str, Callable[[], Any]], repeats: int, wait: Callable[[], Any]) -> dict[str, float]:
+def turns(runs: Mapping[str, Callable[[], Any]], repeats: int, wait: Callable[[], Any]) -> dict[str, float]:
     """The median seconds of each of `runs`, from one `wait` to the next; a first turn does not count."""
     names = list(runs)
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -95,8 +96,12 @@ def recording() -> Iterator[list[int]]:
         sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
         return batch(operations)
 
-    wrappers = (all_to_all_single, all_gather_into_tensor, batch_isend_irecv)
-    with mock.patch.multiple(dist, **{wrapper.__name__: wrapper for wrapper in wrappers}):
+    with mock.patch.multiple(
+        dist,
+        all_to_all_single=all_to_all_single,
+        all_gather_into_tensor=all_gather_into_tensor,
+        batch_isend_irecv=batch_isend_irecv,
+    ):
         yield sent
 
 
@@ -134,6 +139,12 @@ def formula(name: str, num_tokens: int, num_ranks: int, itemsize: int) -> Sent:
 def local(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     """What the peers compute between their messages: q, k, v `(B, L, N, K)` -> like q; what else they pass is left at rest."""
     return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def forward_backward(attend: Attend, leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+    """The result of `attend` for the `leaves` q, k and v, and their gradients for that of the result, `dout`."""
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 def our_strategies(num_ranks: int, num_tokens: int) -> dict[str, Attend]:
@@ -187,24 +198,19 @@ def on_rank(rank: int, num_ranks: int, lengths: list[int], precision: str, repea
         whole = torch.randn(4, 1, num_tokens, NUM_HEADS, HEAD_WIDTH, generator=generator).to(dtype)
         q, k, v, dout = whole.chunk(num_ranks, dim=2)[rank].clone().unbind()
         leaves = [x.requires_grad_() for x in (q, k, v)]
-
-        def both(attend: Attend, leaves: list[Tensor] = leaves, dout: Tensor = dout) -> list[Tensor]:
-            out = attend(*leaves)
-            return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
         attends = our_strategies(num_ranks, num_tokens) | theirs
-        expected = both(attends["ulysses"])
+        expected = forward_backward(attends["ulysses"], leaves, dout)
         sent = {}
         for name, attend in attends.items():
             with recording() as messages:
                 attend(*leaves)
                 forward = sum(messages)
                 messages.clear()
-                got = both(attend)
+                got = forward_backward(attend, leaves, dout)
             sent[name] = {"forward": forward, "both": sum(messages)}
             for ours, other in zip(expected, got, strict=True):
                 torch.testing.assert_close(other, ours, rtol=2e-2, atol=1e-2 if precision == "bf16" else 1e-4)
-        runs = {name: (lambda attend=attend: both(attend)) for name, attend in attends.items()}
+        runs = {name: partial(forward_backward, attend, leaves, dout) for name, attend in attends.items()}
         found.append({"seconds": turns(runs, repeats, dist.barrier), "sent": sent})
     return found
 
@@ -245,7 +251,7 @@ def overhead(num_tokens: int, repeats: int) -> bool:
     attend = none.wrap(choose("sdpa", spec))
     q, k, v = torch.randn(3, 1, num_tokens, NUM_HEADS, HEAD_WIDTH, generator=torch.Generator().manual_seed(0))
     bare = [x.transpose(1, 2) for x in (q, k, v)]
-    runs = {"ours": lambda: attend(q, k, v), "bare": lambda: scaled_dot_product_attention(*bare)}
+    runs = {"ours": lambda: attend(q, k, v, None), "bare": lambda: scaled_dot_product_attention(*bare)}
     with torch.no_grad():
         found = turns(runs, repeats, lambda: None)
     ratio = found["ours"] / found["bare"]
@@ -269,12 +275,7 @@ def on_cuda(lengths: list[int], repeats: int) -> None:
                 except ConfigError as error:
                     print(f"{name:11} {error}")
                     continue
-                runs: dict[str, Callable[[], Any]] = {
-                    "forward": lambda backend=backend, leaves=leaves: backend(*leaves),
-                    "both": lambda backend=backend, leaves=leaves, dout=dout: torch.autograd.grad(
-                        backend(*leaves), leaves, dout
-                    ),
-                }
+                runs = {"forward": partial(backend, *leaves), "both": partial(forward_backward, backend, leaves, dout)}
                 found = turns(runs, repeats, torch.cuda.synchronize)
                 flops = 4 * num_tokens**2 * CUDA_WIDTH  # of a forward pass; the way back has 2.5 times as many
                 rates = {"forward": flops / found["forward"], "both": 3.5 * flops / found["both"]}
@@ -294,6 +295,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two ranks, 256 tokens, one turn, no aim of time")
     args = parser.parse_args()
     if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch sees no CUDA device here, and --device cuda measures nothing else.")
         on_cuda(args.tokens or [6144, 30720], args.repeats)
         return 0
     args.tokens = args.tokens or [2048, 4096]

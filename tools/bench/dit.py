@@ -72,7 +72,7 @@ def compare(label: str, found: Turns, ours: str, theirs: str, aim: float | None)
 
 
 def compare_memory(label: str, found: dict[str, Variant], case: Case) -> bool:
-    """Print what each variant holds; whether ours hold no more than diffusers' in the same mode.
+    """Print what each variant holds; whether ours hold no more than diffusers' in the same mode, to 1 %.
 
     Against `selective` there is no aim: diffusers keeps nothing but inputs of blocks, and computes everything again.
     """
