@@ -81,9 +81,10 @@ def compare_memory(label: str, found: dict[str, Variant], case: Case) -> bool:
         for name, variant in found.items()
     }
     print(f"{label}  MiB: " + ", ".join(f"{name} {size / MIB:.1f}" for name, size in measured.items()), flush=True)
-    return case.checkpointing == "selective" or all(
-        size <= measured[name.replace("ours", "diffusers")] for name, size in measured.items() if "ours" in name
-    )
+    if case.checkpointing == "selective":
+        return True
+    pairs = [(size, measured[name.replace("ours", "diffusers")]) for name, size in measured.items() if "ours" in name]
+    return all(own <= 1.01 * other for own, other in pairs)
 
 
 def show_rates(found: Turns, model: nn.Module, case: Case, peak_tflops: float) -> None:
