@@ -5,7 +5,7 @@ import torch
 
 from videofm import models
 from videofm.config.train import TrainConfig
-from videofm.errors import ConfigError
+from videofm.errors import ConfigError, ParallelError
 from videofm.train import build
 
 
@@ -78,3 +78,11 @@ def test_what_does_not_work_under_zero_stage_3(dit, trainer, policy, message):
     build._check_blocks(config(activation_checkpointing="full", zero_stage=3), {"dit": dit})
     with pytest.raises(ConfigError, match=message):
         build._check_blocks(config(trainer, activation_checkpointing=policy, zero_stage=3), {"dit": dit})
+
+
+def test_tensor_ranks_need_something_to_split(dit):
+    settings, vae = config(tensor_degree=2), models.build("vae/ltx", "tiny", device="meta")
+    build._check_tensor_ranks(settings, {"dit": dit, "vae": vae})
+    build._check_tensor_ranks(config(), {"vae": vae})
+    with pytest.raises(ParallelError, match=r"parallel.tensor_degree is 2, but vae cannot be split .* raise data_degree"):
+        build._check_tensor_ranks(settings, {"vae": vae})
