@@ -68,9 +68,18 @@ def _values(block: Any, first_row: int) -> Iterator[None]:
 def _skip(block: Any, first_row: int) -> Iterator[None]:
     inputs: list[Tensor] = []
     hook = block.self_attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+
+    def as_heads(values: Tensor) -> Tensor:
+        x = inputs.pop()[first_row:]
+        if x.numel() != values.numel():
+            raise ConfigError(
+                f"attention_skip puts an input of width {x.shape[-1]} in place of {values.shape[2]} heads of width "
+                f"{values.shape[3]}: tensor ranks hold some of the heads. Take attention_values, or parallel.tensor_degree=1."
+            )
+        return x.reshape(values.shape)  # (B, L, D) as heads (B, L, N, K), N slow: the output projection joins them again
+
     try:
-        # (B, L, D) as heads (B, L, N, K), N slow: the output projection puts them together again.
-        with _attention(block, first_row, lambda values: inputs.pop()[first_row:].reshape(values.shape)):
+        with _attention(block, first_row, as_heads):
             yield
     finally:
         hook.remove()

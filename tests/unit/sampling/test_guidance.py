@@ -197,3 +197,21 @@ def test_unknown_blocks_and_modes_are_refused_and_leave_the_model_alone(dit: Any
     with pytest.raises(RuntimeError), perturbed(dit, Perturbation((0,)), 1):
         raise RuntimeError
     assert dit.blocks[0].self_attention.attend is attend
+
+
+def test_a_rank_with_some_of_the_heads_cannot_skip_attention() -> None:
+    """What a tensor rank has: an input of 8 channels, and one of two heads of width 4."""
+
+    class HalfOfTheHeads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x[..., None, :4]
+            return self.attend(heads, heads, heads)
+
+    block = nn.Module()
+    block.self_attention = HalfOfTheHeads()
+    block.self_attention.attend = lambda q, k, v, mask=None: v
+    model = nn.Module()
+    model.blocks = nn.ModuleList([block])
+    with perturbed(model, Perturbation((0,), mode="attention_skip"), first_row=1):
+        with pytest.raises(ConfigError, match=r"width 8 in place of 1 heads of width 4: tensor ranks hold some of the heads"):
+            block.self_attention(torch.zeros(2, 3, 8))
