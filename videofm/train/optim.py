@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from videofm.config.train import OptimizerConfig, ParameterGroupConfig
 from videofm.errors import ConfigError
-from videofm.parallel.shards import gather_tensor, take_tensor
+from videofm.parallel.shards import gather_tensor, take_tensor, tensor_shard
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -132,6 +132,13 @@ class GradientClip:
 def local_shard(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of `parameter`: its ZeRO-3 partition (flat), or its share of a tensor group, or the whole."""
     return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data  # type: ignore[union-attr]
+
+
+def num_elements(parameter: nn.Parameter) -> int:
+    """Elements of the whole of `parameter`, of which this rank may hold a share."""
+    own = int(getattr(parameter, "ds_numel", parameter.numel()))
+    shard = tensor_shard(parameter)
+    return own if shard is None else own * shard.degree
 
 
 def gather_shard(parameter: nn.Parameter, shard: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -29,6 +29,7 @@ from videofm.progress import LOG, setup_logging
 from videofm.run_dir import RunDirectory, write_json
 from videofm.train import callbacks, state, watch
 from videofm.train.build import Job, build_job, build_models, build_objective, fate, pick_device, split_heads, trained_roles
+from videofm.train.optim import num_elements
 from videofm.train.trainer import Callback, fit
 
 
@@ -100,7 +101,7 @@ def _describe(job: Job, folder: Path | None) -> None:
     if not job.mesh.is_main:
         return
     for role, model in job.models.items():
-        count = sum(parameter.numel() for parameter in model.parameters())
+        count = sum(map(num_elements, model.parameters()))
         trained = fate(model, role in job.trained_roles)
         LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", trained)
     plan = job.loader.plan

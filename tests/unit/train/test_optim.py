@@ -8,7 +8,15 @@ from torch import nn
 
 from videofm.config.train import OptimizerConfig
 from videofm.errors import ConfigError
-from videofm.train.optim import GradientClip, MovingAverage, averaged_weights, learning_rate, parameter_groups
+from videofm.parallel.shards import TensorShard
+from videofm.train.optim import (
+    GradientClip,
+    MovingAverage,
+    averaged_weights,
+    learning_rate,
+    num_elements,
+    parameter_groups,
+)
 
 
 def test_learning_rate_at_the_corners():
@@ -108,3 +116,11 @@ def test_moving_average_follows_its_recursion():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 6.0 and average.shards["weight"].item() == pytest.approx(expected)
     assert not torch.equal(average.shards["weight"], model.weight)
+
+
+def test_elements_are_counted_of_the_whole():
+    """A parameter of 4 x 6, whole; half of its rows (tensor ranks); nothing of it, and nothing of the half (ZeRO 3)."""
+    whole, split, sharded, both = (nn.Parameter(torch.zeros(shape)) for shape in ((4, 6), (2, 6), (0,), (0,)))
+    sharded.ds_numel, both.ds_numel = 24, 12
+    split.tensor_shard = both.tensor_shard = TensorShard(0, 2)
+    assert [num_elements(parameter) for parameter in (whole, split, sharded, both)] == [24] * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from videofm.models.bind import bind_blocks
@@ -47,15 +48,23 @@ def parallelize(model: LTXVideoDiT, mesh: Any = None, options: ParallelOptions |
 def split_tensors(model: LTXVideoDiT, mesh: TensorMesh) -> None:
     """Split `model`, in place; see `parallel.tensor.apply`. A rank turns its heads by their own angles."""
     tensor.apply(model, TENSOR_TABLE, mesh)
+    own_angles = _own_angles(mesh)  # one for all blocks, which get the same table
     for block in model.blocks:
-        block.self_attention.register_forward_pre_hook(_own_angles(mesh))  # type: ignore[union-attr]
+        block.self_attention.register_forward_pre_hook(own_angles)  # type: ignore[union-attr]
 
 
 def _own_angles(mesh: TensorMesh) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     """A hook that gives a module, for a table of all channels `(B, L, D)`, that of this rank's channels."""
     rank, degree = mesh.tensor_rank, mesh.tensor_degree
+    last: list[RotaryTable] = []  # a table and this rank's of it: what a table derives from itself is made once a step
 
     def own(table: RotaryTable) -> RotaryTable:
-        return RotaryTable(table.cos.chunk(degree, dim=-1)[rank], table.sin.chunk(degree, dim=-1)[rank])
+        compiles = torch.compiler.is_compiling()  # which would compile anew for each table that it has to recognise
+        if not compiles and last and last[0] is table:
+            return last[1]
+        mine = RotaryTable(table.cos.chunk(degree, dim=-1)[rank], table.sin.chunk(degree, dim=-1)[rank])
+        if not compiles:
+            last[:] = [table, mine]
+        return mine
 
     return lambda module, args: tuple(own(value) if isinstance(value, RotaryTable) else value for value in args)
