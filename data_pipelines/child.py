@@ -28,7 +28,7 @@ from pydantic import TypeAdapter
 from data_pipelines.rows import Loss, Refusal, Row, Stage
 from data_pipelines.workspace import Workspace
 from videofm import registry
-from videofm.config.data import CurationStage
+from videofm.config.curate import CurationStage
 
 _PR_SET_PDEATHSIG = 1
 

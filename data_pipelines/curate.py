@@ -30,8 +30,8 @@ from data_pipelines.groups import Job, read_report, split_position
 from data_pipelines.metrics import Funnel, StageMetrics, render
 from data_pipelines.rows import BarrierStage, Row
 from videofm import registry
-from videofm.config.data import CurateConfig
-from videofm.data import shards
+from videofm.config.curate import CurateConfig
+from videofm.data import manifest
 from videofm.errors import ConfigError, DataError, Interrupted
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, write_atomic, write_json
@@ -77,7 +77,7 @@ def run(config: CurateConfig, run: RunDirectory) -> dict[str, Any]:
     num_clips = _ensure_splits(run.path, config.held_out)
     result = {
         "num_sources": len(groups), "num_clips": num_clips, "num_ignored_files": ignored, "funnel": funnel.to_json(),
-        "manifest_hash": shards.Manifest.load(run.path).hash if sum(num_clips.values()) else None,
+        "manifest_hash": manifest.Manifest.load(run.path).hash if sum(num_clips.values()) else None,
     }  # fmt: skip
     _write_results(run, funnel, result)
     title = f"{len(groups)} sources -> {num_clips['train']} training clips, {num_clips['held_out']} held out"
@@ -172,7 +172,7 @@ class _Session:
     def __init__(self, config: CurateConfig, run: RunDirectory, funnel: Funnel) -> None:
         self.config, self.run, self.funnel = config, run, funnel
         self.hash = config_hash(config)
-        self.committed = {entry.group: entry for entry in shards.read_entries(run.path)}
+        self.committed = {entry.group: entry for entry in manifest.read_entries(run.path)}
         self._ray = ExitStack()
         self._started = False
 
@@ -271,19 +271,19 @@ def _ensure_splits(folder: Path, share: float) -> dict[str, int]:
     A source's split is a function of its id alone, except here: of a few sources chance may put all on one side, and then the
     one whose number lies nearest to the other side moves.
     """
-    entries = shards.read_entries(folder)
-    sources = {r.source_id: (entry, r.split) for entry in entries for r in shards.read_index(folder, entry)}
+    entries = manifest.read_entries(folder)
+    sources = {r.source_id: (entry, r.split) for entry in entries for r in manifest.read_index(folder, entry)}
     order = sorted(sources, key=split_position)
     if share > 0 and len(order) >= 2:
         splits = {split for _, split in sources.values()}
         if splits == {"train"}:
-            shards.assign_split(folder, sources[order[0]][0], order[0], "held_out")
+            manifest.assign_split(folder, sources[order[0]][0], order[0], "held_out")
         elif splits == {"held_out"}:
-            shards.assign_split(folder, sources[order[-1]][0], order[-1], "train")
+            manifest.assign_split(folder, sources[order[-1]][0], order[-1], "train")
     elif share > 0 and order:
         LOG.warning("only one source gave clips, so one of the splits is empty")
-    counts = [entry.num_clips for entry in shards.read_entries(folder)]
-    return {split: sum(count[split] for count in counts) for split in shards.SPLITS}
+    counts = [entry.num_clips for entry in manifest.read_entries(folder)]
+    return {split: sum(count[split] for count in counts) for split in manifest.SPLITS}
 
 
 def _write_results(run: RunDirectory, funnel: Funnel, result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from videofm.config.data import DemoDataConfig
+from videofm.config.curate import DemoDataConfig
 from videofm.errors import Interrupted
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, write_atomic, write_json

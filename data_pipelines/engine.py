@@ -21,7 +21,7 @@ import ray
 
 from data_pipelines.groups import Job, process_group
 from data_pipelines.scratch import RAY, scratch_folder
-from videofm.config.data import EngineConfig
+from videofm.config.curate import EngineConfig
 from videofm.errors import DataError, VideofmError
 
 _WORKER_DEATHS = 2

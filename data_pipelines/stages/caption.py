@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipelines.rows import Rejected, Row
 from data_pipelines.workspace import Workspace
-from videofm.config.data import CaptionConfig
+from videofm.config.curation_stages import CaptionConfig
 
 
 class CaptionStage:

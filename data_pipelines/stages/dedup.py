@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_pipelines.rows import Loss, Row
-from videofm.config.data import DedupConfig
+from videofm.config.curation_stages import DedupConfig
 
 
 class DedupStage:

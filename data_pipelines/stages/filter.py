@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data_pipelines.rows import Rejected, Row
 from data_pipelines.workspace import Workspace
-from videofm.config.data import FilterConfig
+from videofm.config.curation_stages import FilterConfig
 
 
 class FilterStage:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipelines.rows import Rejected, Row, Unusable
 from data_pipelines.workspace import Workspace
-from videofm.config.data import ProbeConfig
+from videofm.config.curation_stages import ProbeConfig
 
 
 class ProbeStage:

@@ -11,7 +11,7 @@ from scenedetect.detectors import ContentDetector
 
 from data_pipelines.rows import Rejected, Row
 from data_pipelines.workspace import Workspace
-from videofm.config.data import SplitConfig
+from videofm.config.curation_stages import SplitConfig
 
 
 class SplitStage:

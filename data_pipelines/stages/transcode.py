@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 
 from data_pipelines.rows import ClipFile, Rejected, Row, Unusable
 from data_pipelines.workspace import Workspace
-from videofm.config.data import TranscodeConfig
+from videofm.config.curation_stages import TranscodeConfig
 
 
 class TranscodeStage:

@@ -14,7 +14,8 @@ from data_pipelines import curate, demo
 from videofm import shapes
 from videofm.config import CurateConfig, DemoDataConfig
 from videofm.data import decode
-from videofm.data.shards import Manifest, read_clip
+from videofm.data.manifest import Manifest
+from videofm.data.shards import read_clip
 from videofm.errors import DataError, Interrupted
 from videofm.run_dir import RunDirectory
 

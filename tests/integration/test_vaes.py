@@ -18,7 +18,7 @@ from tests.demo_shards import write_demo_shards
 from videofm import models
 from videofm.config.data import DataConfig
 from videofm.data.loader import StepLoader
-from videofm.data.shards import Manifest
+from videofm.data.manifest import Manifest
 from videofm.evaluation.reconstruction import psnr
 from videofm.models.vae.base import VideoVAE
 from videofm.models.vae.statistics import read_statistics

@@ -26,7 +26,8 @@ from tests.demo_shards import write_demo_shards  # noqa: E402
 from videofm.config.data import DataConfig  # noqa: E402
 from videofm.data import decode  # noqa: E402
 from videofm.data.loader import StepLoader  # noqa: E402
-from videofm.data.shards import Manifest, read_clip  # noqa: E402
+from videofm.data.manifest import Manifest  # noqa: E402
+from videofm.data.shards import read_clip  # noqa: E402
 
 NUM_FRAMES, STORED_FRAMES, SIZE, BATCH = 9, 20, 32, 16
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from videofm.config.base import Section, execution
-from videofm.config.data import CurateConfig, DemoDataConfig
+from videofm.config.curate import CurateConfig, DemoDataConfig
 from videofm.config.sample import SampleConfig
 from videofm.config.train import TrainConfig
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from videofm.config.data import DataConfig
 from videofm.data.buckets import Bucket, BucketBatch, cropped_share
+from videofm.data.manifest import Manifest
 from videofm.data.plan import DataPlan, PlanState
-from videofm.data.shards import Manifest
 from videofm.errors import ConfigError
 
 _BAR = 40

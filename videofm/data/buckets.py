@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from videofm.config.buckets import BucketsConfig, BucketSizeConfig
 from videofm.config.data import DataConfig
-from videofm.data.shards import ClipRecord
+from videofm.data.index import ClipRecord
 from videofm.errors import ConfigError
 
 Clip = tuple[str, int]

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from videofm.config.data import DataConfig
 from videofm.data.decode import Decoder, choose
+from videofm.data.index import ClipRecord
+from videofm.data.manifest import Manifest
 from videofm.data.plan import DataPlan, Draw, PlanState, StepPlan
-from videofm.data.shards import ClipRecord, Manifest, read_clip
+from videofm.data.shards import read_clip
 from videofm.errors import DataError
 from videofm.types import Batch
 

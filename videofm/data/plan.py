@@ -31,7 +31,7 @@ import numpy as np
 
 from videofm.config.data import DataConfig
 from videofm.data.buckets import Bucket, Buckets, Clip, Packed, Placement, covering
-from videofm.data.shards import ClipRecord
+from videofm.data.index import ClipRecord
 from videofm.errors import CheckpointError, DataError
 
 _DEFAULTS: dict[str, Any] = {

@@ -7,9 +7,7 @@ manifest/shard-00003.json     the commit point: names, sizes and SHA-256 of the 
 ```
 
 A shard exists when its manifest entry does; readers look nowhere else. The bytes of a tar depend on the clips alone (mtime 0,
-uid and gid 0, mode 0644, ustar), so that a second run writes the same file. `num_frames` is counted by decoding; `offset` and
-`size` are those of the mp4 member's bytes, so that a clip is one read. A score is a column `score_NAME`, null where it was not
-measured.
+uid and gid 0, mode 0644, ustar), so that a second run writes the same file.
 """
 
 from __future__ import annotations
@@ -20,75 +18,18 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-import pyarrow
-import pyarrow.parquet
-
 from videofm.data.files import HashingFile, lock
+from videofm.data.index import ClipRecord, write_index
+from videofm.data.manifest import SPLITS, VERSION, Entry, count_splits, entry_path, publish, read_entry
 from videofm.errors import DataError
-from videofm.files import sha256_of, sync
-from videofm.run_dir import read_json
+from videofm.files import sync
 
-VERSION = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-SPLITS = ("train", "held_out")
-_SCORE = "score_"
-
-
-@dataclass(frozen=True)
-class ClipRecord:
-    """A clip in a shard. `shard` is relative to the dataset's folder; sizes are in pixels and bytes."""
-
-    key: str
-    shard: str
-    offset: int
-    size: int
-    sha256: str
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    caption: str
-    source_id: str
-    split: str
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A manifest entry. `tar` and `index` are relative to the dataset's folder; `num_clips` counts the clips of each split."""
-
-    version: int
-    group: str
-    tar: str
-    bytes: int
-    sha256: str
-    index: str
-    index_sha256: str
-    num_clips: dict[str, int]
-    config_hash: str
-    source_ids: list[str]
-
-
-_COLUMNS: dict[str, pyarrow.DataType] = {
-    "key": pyarrow.string(),
-    "shard": pyarrow.string(),
-    "offset": pyarrow.int64(),
-    "size": pyarrow.int64(),
-    "sha256": pyarrow.string(),
-    "num_frames": pyarrow.int32(),
-    "fps": pyarrow.float64(),
-    "height": pyarrow.int32(),
-    "width": pyarrow.int32(),
-    "caption": pyarrow.string(),
-    "source_id": pyarrow.string(),
-    "split": pyarrow.string(),
-}
 
 
 class ShardWriter:
@@ -162,18 +103,18 @@ class ShardWriter:
         self._archive.close()
         self._file.sync()
         temporary_index = self.folder / (self.index + self._suffix)
-        index_sha256 = _write_index(temporary_index, self._records)
+        index_sha256 = write_index(temporary_index, self._records)
         entry = Entry(
             VERSION, self.group, self.tar, self._file.count, self._file.hash.hexdigest(), self.index, index_sha256,
-            _count_splits(self._records), self.config_hash, sorted(source_ids),
+            count_splits(self._records), self.config_hash, sorted(source_ids),
         )  # fmt: skip
         with lock(self.folder / "manifest" / f".shard-{self.group}.lock"):
-            if not _manifest_path(self.folder, self.group).exists():
+            if not entry_path(self.folder, self.group).exists():
                 os.replace(self.folder / (self.tar + self._suffix), self.folder / self.tar)
                 os.replace(temporary_index, self.folder / self.index)
                 sync(self.folder / "shards")
                 sync(self.folder / "index")
-                _publish(_manifest_path(self.folder, self.group), entry)
+                publish(entry_path(self.folder, self.group), entry)
         self._discard()
         committed = read_entry(self.folder, self.group)
         if committed.config_hash != self.config_hash:
@@ -196,93 +137,6 @@ class ShardWriter:
             (self.folder / (name + self._suffix)).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """The committed shards of a dataset, by group."""
-
-    folder: Path
-    entries: list[Entry]
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of the dataset in `folder`.
-
-        Raises:
-            DataError: there is no such folder or no committed shard in it, or its shards come from several configs.
-        """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise DataError(f"the folder of shards {folder} does not exist; make it with `videofm curate`")
-        entries = read_entries(folder)
-        if not entries:
-            raise DataError(f"{folder} has no committed shard (no manifest/shard-*.json); make some with `videofm curate`")
-        hashes = sorted({entry.config_hash for entry in entries})
-        if len(hashes) > 1:
-            names = ", ".join(value[:12] for value in hashes)
-            raise DataError(
-                f"the shards of {folder} come from {len(hashes)} different curation configs ({names}); a dataset has one. "
-                "Curate again into an empty folder"
-            )
-        return cls(folder, entries)
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 (hex) over the hashes of all tars and indexes: the identity of the dataset."""
-        lines = [f"{entry.group} {entry.sha256} {entry.index_sha256}\n" for entry in self.entries]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def records(self, split: str | None = None) -> list[ClipRecord]:
-        """The clips of a split (None: of all), sorted by key.
-
-        Raises:
-            DataError: an index is missing or is not the one that was committed.
-        """
-        found = [record for entry in self.entries for record in read_index(self.folder, entry)]
-        return sorted((r for r in found if split in (None, r.split)), key=lambda record: record.key)
-
-    def verify(self) -> None:
-        """Read every tar and index and compare SHA-256.
-
-        Raises:
-            DataError: a file is missing or differs; the message names it, with the expected hash and the one found.
-        """
-        for entry in self.entries:
-            _check_sha256(self.folder / entry.tar, entry.sha256)
-            _check_sha256(self.folder / entry.index, entry.index_sha256)
-
-
-def read_entry(folder: Path, group: str) -> Entry:
-    """The manifest entry of a group.
-
-    Raises:
-        DataError: it is missing, or not of the format that this version reads.
-    """
-    path = _manifest_path(folder, group)
-    value = read_json(path)
-    names = {field.name for field in fields(Entry)}
-    if not isinstance(value, dict) or value.get("version") != VERSION or set(value) != names:
-        found = value.get("version") if isinstance(value, dict) else None
-        raise DataError(f"{path} is not a manifest entry of version {VERSION} (found version {found!r}); curate again")
-    return Entry(**value)
-
-
-def read_entries(folder: Path) -> list[Entry]:
-    """The manifest entries of `folder`, sorted by group; empty where nothing is committed."""
-    paths = sorted((Path(folder) / "manifest").glob("shard-*.json"))
-    return [read_entry(Path(folder), path.stem.removeprefix("shard-")) for path in paths]
-
-
-def read_index(folder: Path, entry: Entry) -> list[ClipRecord]:
-    """The clips of a shard, as committed.
-
-    Raises:
-        DataError: the index is missing or is not the one that was committed.
-    """
-    path = Path(folder) / entry.index
-    _check_sha256(path, entry.index_sha256)
-    return [_record(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
-
-
 def read_clip(folder: str | Path, record: ClipRecord) -> bytes:
     """The MP4 file of a clip: one read out of the tar.
 
@@ -300,71 +154,6 @@ def read_clip(folder: str | Path, record: ClipRecord) -> bytes:
             f"clip {record.key}: {path} ended early ({len(content)} of {record.size} bytes at {record.offset}); curate again"
         )
     return content
-
-
-def assign_split(folder: Path, entry: Entry, source_id: str, split: str) -> Entry:
-    """Move the clips of a source to `split`; the entry that replaces `entry`.
-
-    The index gets a new name, so that the old entry stays whole until the new one takes its place.
-    """
-    records = [replace(r, split=split) if r.source_id == source_id else r for r in read_index(folder, entry)]
-    name = f"index/shard-{entry.group}-{source_id[:12]}-{split}.parquet"
-    sha256 = _write_index(Path(folder) / name, records)
-    updated = replace(entry, index=name, index_sha256=sha256, num_clips=_count_splits(records))
-    _publish(_manifest_path(Path(folder), entry.group), updated, overwrite=True)
-    (Path(folder) / entry.index).unlink(missing_ok=True)
-    return updated
-
-
-def _write_index(path: Path, records: Sequence[ClipRecord]) -> str:
-    """Write an index and flush it to disk; its SHA-256."""
-    names = sorted({name for record in records for name in record.scores})
-    columns = {name: pyarrow.array([getattr(r, name) for r in records], kind) for name, kind in _COLUMNS.items()}
-    scores = {_SCORE + name: pyarrow.array([r.scores.get(name) for r in records], pyarrow.float64()) for name in names}
-    pyarrow.parquet.write_table(pyarrow.table({**columns, **scores}), path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return sha256_of(path)
-
-
-def _record(row: dict[str, Any]) -> ClipRecord:
-    scores = {name.removeprefix(_SCORE): value for name, value in row.items() if name.startswith(_SCORE) and value is not None}
-    return ClipRecord(**{name: row[name] for name in _COLUMNS}, scores=scores)
-
-
-def _count_splits(records: Sequence[ClipRecord]) -> dict[str, int]:
-    return {split: sum(record.split == split for record in records) for split in SPLITS}
-
-
-def _manifest_path(folder: Path, group: str) -> Path:
-    return Path(folder) / "manifest" / f"shard-{group}.json"
-
-
-def _publish(path: Path, entry: Entry, overwrite: bool = False) -> None:
-    """Create a manifest entry whole; a link to an existing name fails, so that of two writers one wins."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(entry), indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if overwrite:
-        os.replace(temporary, path)
-    else:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass  # the other writer's entry stands; `commit` reads it
-        finally:
-            temporary.unlink()
-    sync(path.parent)
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise DataError(f"{path} is in the manifest but missing; restore it or curate again")
-    found = sha256_of(path)
-    if found != expected:
-        raise DataError(f"{path} is damaged: SHA-256 expected {expected}, found {found}; restore it or curate again")
 
 
 def _padded(size: int) -> int:

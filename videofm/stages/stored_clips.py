@@ -18,8 +18,10 @@ from videofm.config.recipe import (
     ReconstructionMetric,
 )
 from videofm.data import decode
+from videofm.data.index import ClipRecord
 from videofm.data.loader import video_tensor
-from videofm.data.shards import ClipRecord, Manifest, read_clip
+from videofm.data.manifest import Manifest
+from videofm.data.shards import read_clip
 from videofm.errors import CheckpointError, DataError, Interrupted
 from videofm.progress import progress
 from videofm.run_dir import RunDirectory

@@ -29,9 +29,10 @@ from videofm.config.data import DataConfig
 from videofm.data import decode
 from videofm.data.bucket_report import as_text, report
 from videofm.data.buckets import Buckets, Placement, covering, describe_steps
+from videofm.data.index import ClipRecord
 from videofm.data.loader import StepLoader, resize, video_tensor
 from videofm.data.plan import DataPlan, PlanState
-from videofm.data.shards import ClipRecord, read_clip
+from videofm.data.shards import read_clip
 from videofm.errors import CheckpointError, ConfigError, DataError
 
 SIZES = [(9, 32, 32), (5, 32, 32), (9, 16, 32), (9, 32, 16), (1, 32, 32), (1, 16, 16)]

@@ -12,8 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from videofm.config.data import DataConfig
+from videofm.data.index import ClipRecord
 from videofm.data.plan import DataPlan, PlanState
-from videofm.data.shards import ClipRecord
 from videofm.errors import CheckpointError, DataError
 
 

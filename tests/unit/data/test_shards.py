@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from videofm.data import shards
-from videofm.data.shards import Manifest, ShardWriter, read_clip
+from videofm.data.manifest import Manifest, assign_split
+from videofm.data.shards import ShardWriter, read_clip
 from videofm.errors import DataError
 
 CLIPS = {"aa-00000000": b"first clip" * 70, "ab-00000000": b"second" * 99, "b_0": b""}
@@ -58,7 +59,7 @@ def test_same_clips_give_the_same_bytes(tmp_path):
     assert Manifest.load(tmp_path / "a").hash == Manifest.load(tmp_path / "b").hash
 
 
-@pytest.mark.parametrize("step", ["_write_index", "_publish", "sync", "os.replace 1", "os.replace 2", "os.link"])
+@pytest.mark.parametrize("step", ["write_index", "publish", "sync", "os.replace 1", "os.replace 2", "os.link"])
 def test_crash_within_commit_leaves_nothing_visible_and_a_second_run_completes(tmp_path, monkeypatch, step):
     def crash(*_, **__):
         raise OSError("power cut")
@@ -153,7 +154,7 @@ def test_entry_of_another_version_is_refused(tmp_path):
 
 def test_assign_split_moves_all_clips_of_a_source(tmp_path):
     entry = write(tmp_path).commit()
-    updated = shards.assign_split(tmp_path, entry, "ab", "held_out")
+    updated = assign_split(tmp_path, entry, "ab", "held_out")
     manifest = Manifest.load(tmp_path)
     manifest.verify()
     assert manifest.entries == [updated]

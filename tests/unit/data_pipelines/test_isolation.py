@@ -15,7 +15,7 @@ from data_pipelines.groups import Job, process_group, split_position
 from data_pipelines.isolate import Isolate
 from data_pipelines.metrics import Funnel, StageMetrics, render
 from data_pipelines.rows import Loss, Row
-from videofm.data.shards import Manifest
+from videofm.data.manifest import Manifest
 from videofm.errors import DataError
 from videofm.run_dir import RunDirectory
 

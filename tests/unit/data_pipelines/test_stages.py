@@ -18,7 +18,7 @@ from data_pipelines.stages.split import SplitStage
 from data_pipelines.stages.transcode import TranscodeStage, fit, resample
 from data_pipelines.workspace import Workspace
 from videofm.config import CurateConfig
-from videofm.config.data import CaptionConfig, DedupConfig, FilterConfig, ProbeConfig, SplitConfig, TranscodeConfig
+from videofm.config.curation_stages import CaptionConfig, DedupConfig, FilterConfig, ProbeConfig, SplitConfig, TranscodeConfig
 from videofm.data import decode
 from videofm.errors import ConfigError, DataError
 

@@ -19,7 +19,8 @@ from tests.demo_shards import write_demo_shards
 from videofm import media, models
 from videofm.cli import main
 from videofm.config import EvaluateConfig
-from videofm.data.shards import Manifest, read_clip
+from videofm.data.manifest import Manifest
+from videofm.data.shards import read_clip
 from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.lineage import outside_inputs
 from videofm.models.vae.statistics import apply_statistics, read_statistics
