@@ -17,7 +17,7 @@ venv: $(STAMP)  ## the virtual environment .venv with everything pinned in const
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev,decoders,export,lora,text]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev,decoders,export,lora,remote,text]"
 	touch $@
 
 quickstart: $(STAMP)  ## the main job: demo videos -> curation -> VAE -> DiT -> samples -> evaluation -> export -> report
