@@ -98,7 +98,12 @@ def weight_shards(split: Split, degree: int) -> dict[str, TensorShard]:
     }.get(split.kind, {})
 
 
-def _check(model: Any, found: dict[str, Split], degree: int) -> None:
+def check_heads(model: Any, degree: int) -> None:
+    """See that each of `degree` tensor ranks gets whole heads of `model`.
+
+    Raises:
+        ParallelError: the degree does not divide them.
+    """
     num_heads = model.config.num_heads
     if num_heads % degree:
         divisors = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
@@ -106,6 +111,10 @@ def _check(model: Any, found: dict[str, Split], degree: int) -> None:
             f"parallel.tensor_degree {degree} does not divide the {num_heads} heads of {type(model).__name__}: every rank has "
             f"whole heads. It can be {divisors}."
         )
+
+
+def _check(model: Any, found: dict[str, Split], degree: int) -> None:
+    check_heads(model, degree)
     for name, split in found.items():
         for key, shard in weight_shards(split, degree).items():
             weight = getattr(model.get_submodule(name), key)

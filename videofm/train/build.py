@@ -19,6 +19,7 @@ from videofm.errors import ConfigError, ParallelError
 from videofm.parallel.layout import layout_of
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.rng import derive_seed
+from videofm.parallel.tensor import check_heads
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
 from videofm.train.engine import PhaseEngine
@@ -62,7 +63,9 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
     # Dropout and the like belong to the objective, keyed by sample; modules stay deterministic.
     for role, model in models_.items():
         trained = role in trained_roles(objective)
-        model.to(mesh.device).train(trained).requires_grad_(trained)
+        if mesh.tensor_degree == 1 or not transformers({role: model}):  # one that is split moves once it is
+            model.to(mesh.device)
+        model.train(trained).requires_grad_(trained)
         if trained:
             models.freeze_all_but_lora(model)
         _parallelize(model, mesh, config, role)
@@ -94,13 +97,15 @@ def _parallelize(model: nn.Module, mesh: Mesh, config: TrainConfig, role: str) -
 
 
 def _check_tensor_ranks(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
-    """Refuse tensor ranks where nothing that is trained is split over them: all of them would do the same."""
-    degree = config.parallel.tensor_degree
-    if degree > 1 and not split_heads(trained):
+    """Refuse tensor ranks that do not divide the heads, or where nothing that is trained is split: all would do the same."""
+    degree, split = config.parallel.tensor_degree, transformers(trained)
+    if degree > 1 and not split:
         raise ParallelError(
             f"parallel.tensor_degree is {degree}, but {', '.join(sorted(trained))} cannot be split over tensor ranks: "
             "they would all do the same work. Set it to 1, and raise data_degree or context_degree instead."
         )
+    for model in split:
+        check_heads(model, degree)
 
 
 def _check_blocks(config: TrainConfig, trained: Mapping[str, nn.Module]) -> None:
@@ -219,15 +224,19 @@ def pick_device(name: str) -> torch.device:
 
 def split_heads(built: Mapping[str, nn.Module]) -> list[int]:
     """Heads of the models whose attention context ranks share, a number a model."""
-    transformers: list[Any] = [model for model in built.values() if str(model.spec_name).startswith("dit/")]
-    return [int(model.config.num_heads) for model in transformers]
+    return [int(model.config.num_heads) for model in transformers(built)]
+
+
+def transformers(built: Mapping[str, nn.Module]) -> list[Any]:
+    """The models that tensor ranks split, and whose attention context ranks share."""
+    return [model for model in built.values() if str(model.spec_name).startswith("dit/")]
 
 
 def dry_run(config: TrainConfig) -> str:
     """Build what can be built without weights or data, and say what it is: roles, parameters, samples of a step, the mesh."""
     objective = build_objective(config)
     check_offload(config.parallel)
-    lines = []
+    lines, trained_models = [], {}
     for role, model_config in config.models.items():
         source = model_config.path or model_config.init_from or model_config.overrides.get("path")
         state = "" if source is None else f"from {source} ({'found' if Path(source).exists() else 'not there yet'})"
@@ -237,9 +246,14 @@ def dry_run(config: TrainConfig) -> str:
             continue
         model = _build_model(model_config.model_copy(update={"init_from": None}), "meta")
         count = sum(parameter.numel() for parameter in model.parameters())
+        if role in trained_roles(objective):
+            trained_models[role] = model
         trained = fate(model, role in trained_roles(objective))
         told = f"{role}: {model_config.name} {size}, {count:,} parameters, {trained}"
         lines.append(f"{told}, {state}" if state else told)
+    if set(trained_models) == set(trained_roles(objective)):  # else the path of one tells what it is, later
+        _check_tensor_ranks(config, trained_models)
+        _check_blocks(config, trained_models)
     lines.append(
         f"{config.trainer.max_steps} steps of {describe_steps(config.data)}"
         f" on {layout_of(config.parallel).describe()}, ZeRO stage {config.parallel.zero_stage}, {config.trainer.precision}"

@@ -86,3 +86,12 @@ def test_tensor_ranks_need_something_to_split(dit):
     build._check_tensor_ranks(config(), {"vae": vae})
     with pytest.raises(ParallelError, match=r"parallel.tensor_degree is 2, but vae cannot be split .* raise data_degree"):
         build._check_tensor_ranks(settings, {"vae": vae})
+
+
+def test_a_dry_run_refuses_ranks_that_do_not_get_whole_heads(dit):
+    """The tiny LTX has 4 heads."""
+    assert "2 tensor" in build.dry_run(config(tensor_degree=2))
+    with pytest.raises(ParallelError, match=r"tensor_degree 3 does not divide the 4 heads of LTXVideoDiT.* It can be 1, 2, 4"):
+        build.dry_run(config(tensor_degree=3))
+    with pytest.raises(ConfigError, match=r"trainer\.compile with parallel\.zero_stage 3"):
+        build.dry_run(config({"compile": True}, zero_stage=3))

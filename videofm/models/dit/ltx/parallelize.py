@@ -39,6 +39,7 @@ def parallelize(model: LTXVideoDiT, mesh: Any = None, options: ParallelOptions |
     """
     if getattr(mesh, "tensor_degree", 1) > 1:
         split_tensors(model, mesh)
+        model.to(mesh.device)  # not before: the whole of a large model might not fit there
     place = bind_blocks(model, mesh, options)
     if place is not None:
         SEQUENCE_PLAN.apply(model, place)
