@@ -1,13 +1,18 @@
-"""Curation: a folder of raw videos -> shards. `run` is what `videofm curate` calls; the run directory is the dataset's folder.
+"""Curation: raw videos -> shards. `run` is what `videofm curate` calls; the run directory is the dataset's folder.
 
-Sources are sorted by id and cut into groups; a group is a Ray task and becomes a shard. The stages form *segments* between
-barriers (`dedup` needs all sources at once): each source runs through a whole segment in one child process. What a group gave
-is kept in `groups/`, so that a run that was stopped or killed goes on where it was, and a finished one has nothing left to do.
+Sources fall into groups by the hash of their name; a group is a Ray task and becomes a shard. The stages form *steps*
+(`plan.py`): stages that follow each other run on a source in one child process; a model, and a barrier that compares rows of
+all groups, are steps of their own. What a step left of a group is kept in `groups/`, so that a run that was stopped or killed
+goes on where it was, and a finished one has nothing left to do. Nothing here holds rows of the dataset, or grows with it but by
+the number of groups.
 
 ```
-groups/SEGMENT-GROUP.json   report of a group: rows, metrics, losses
+sources/GROUP.jsonl         the sources of a group (see `sources.py`)
+groups/STEP/                reports of groups: rows, metrics, losses (see `reports.py`)
 attempts_log/               what was begun and how it ended (see `attempts.py`)
+metrics.jsonl               counts of each stage, every ten seconds (see `live.py`)
 funnel.json                 the funnel of all groups
+scans/ exchange/            what steps leave for later ones, until the end
 quarantine.jsonl            broken files, with stage, reason and detail; dropped.jsonl: sound ones that were not wanted
 shards/ index/ manifest/    the dataset (see `videofm/data/shards.py`)
 ```
@@ -15,282 +20,203 @@ shards/ index/ manifest/    the dataset (see `videofm/data/shards.py`)
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import fcntl
 import json
+import os
+import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import engine
-from data_pipelines.groups import Job, read_report, split_position
-from data_pipelines.metrics import Funnel, StageMetrics, render
-from data_pipelines.rows import BarrierStage, Row
-from videofm import registry
+from data_pipelines import reports, sink
+from data_pipelines.groups import split_position
+from data_pipelines.metrics import render
+from data_pipelines.plan import Step, config_hash, plan_steps
+from data_pipelines.reports import Input
+from data_pipelines.session import Session
+from data_pipelines.sources import Found, check_source, find_sources
 from videofm.config.curate import CurateConfig
-from videofm.data import manifest
-from videofm.errors import ConfigError, DataError, Interrupted
-from videofm.progress import LOG, progress
-from videofm.run_dir import RunDirectory, write_atomic, write_json
+from videofm.data import manifest, storage
+from videofm.errors import DataError
+from videofm.progress import LOG
+from videofm.run_dir import RunDirectory, read_json, write_json
 
-PIPELINE_VERSION = 1
-"""Part of the config hash: raise it when a change of code changes what is written."""
-
-VIDEO_SUFFIXES = frozenset(
-    f".{ending}"
-    for ending in (
-        "mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "m2ts", "mts", "flv", "wmv", "asf", "ogv", "3gp", "ivf",
-        "h264", "hevc", "m4a",
-    )
-)  # fmt: skip
-SIDECAR_SUFFIXES = frozenset([".txt", ".json", ".jsonl"])
+SNAPSHOT = "snapshot.parquet"
+"""Name, beside the entries, of the file that gathers them."""
+_SHARDS_LOOKED_AT = 64
+"""Shards in which a source is sought that can move to an empty split."""
 
 
 def run(config: CurateConfig, run: RunDirectory) -> dict[str, Any]:
     """Curate `config.source` into the dataset at `run.path`.
 
     Returns:
-        `num_sources`, `num_clips` of each split, `manifest_hash`, `num_ignored_files` and the `funnel`, one entry a stage.
+        `num_sources`, `num_clips` of each split, `config_hash`, `manifest_hash`, `num_ignored_files` and the `funnel`, one
+        entry a stage.
 
     Raises:
         ConfigError: the stages do not fit together, or the run directory lies in the source folder.
-        DataError: the source folder is missing or empty, changed since a group was committed, or holds no usable clip.
+        DataError: the source is missing or empty, changed since a group was committed, or holds no usable clip; the disk is
+            full; another process curates into the same run directory.
+        TransientError: a store did not answer; run again.
         Interrupted: `control/stop` was touched; committed groups stay, and the next run goes on.
     """
-    segments = plan_segments(config)
-    rows, ignored = find_sources(Path(config.source), run.path)
-    LOG.info("%d sources in %s (%d other files left alone)", len(rows), config.source, ignored)
-    funnel = Funnel(section.kind for section in config.stages)
-    groups = {row.source_id: f"{i // config.engine.group_size:05d}" for i, row in enumerate(rows)}
-    session = _Session(config, run, funnel)
+    steps = plan_steps(config)
+    own_hash = config_hash(config)
     try:
-        for number, (sections, barrier) in enumerate(segments):
-            rows = session.run_segment(number, sections, rows, groups, last=number == len(segments) - 1)
-            if barrier is not None:
-                rows = _run_barrier(barrier, rows, funnel)
+        with _only_driver(run.path):
+            return _run(config, run, steps, own_hash)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOTDIR):
+            raise
+        raise DataError(f"{run.path} could not be written: {error}. Free the disk, or choose another run directory") from None
+
+
+def dry_run(config: CurateConfig, source_exists: bool = True) -> str:
+    """Check that the stages fit together, that the weights of models are there, and the source; say what would run.
+
+    Args:
+        config: what would run.
+        source_exists: false where an earlier stage makes the source, so that it is not looked for.
+
+    Raises:
+        ConfigError: see `plan_steps`; or the source is of a form that is not read.
+        CheckpointError: weights are missing.
+        DataError: a local source is missing.
+    """
+    if source_exists:
+        check_source(config.source)
+    steps, own_hash = plan_steps(config), config_hash(config)
+    labels = " -> ".join(step.label for step in steps)
+    return f"{labels}, groups of {config.engine.group_size} sources, config hash {own_hash[:12]}"
+
+
+def _run(config: CurateConfig, run: RunDirectory, steps: Sequence[Step], own_hash: str) -> dict[str, Any]:
+    session = Session(config, run, steps, own_hash)
+    funnel = session.funnel
+    try:
+        found: Found = session.call(find_sources, config.source, run.path, config.engine.group_size)
+        shown = storage.redacted(config.source)
+        LOG.info("%d sources in %s (%d other files left alone)", found.num_sources, shown, found.num_ignored)
+        inputs = [Input(group.name, group.num_sources, group.hash) for group in found.groups]
+        for number, step in enumerate(steps):
+            inputs = session.run_step(number, step, inputs)
+        funnel.check()
+        num_clips = _ensure_splits(run.path, config.held_out)
+        total = sum(num_clips.values())
+        result = {
+            "num_sources": found.num_sources, "num_clips": num_clips, "num_ignored_files": found.num_ignored,
+            "funnel": funnel.to_json(), "config_hash": own_hash, "manifest_hash": _finish(run.path) if total else None,
+        }  # fmt: skip
+        session.call(write_losses, run.path, session.groups)
+        if config.output is not None and total:
+            _upload(config.output, session, str(result["manifest_hash"]))
     finally:
         session.close()
-    funnel.check()
-    num_clips = _ensure_splits(run.path, config.held_out)
-    result = {
-        "num_sources": len(groups), "num_clips": num_clips, "num_ignored_files": ignored, "funnel": funnel.to_json(),
-        "manifest_hash": manifest.Manifest.load(run.path).hash if sum(num_clips.values()) else None,
-    }  # fmt: skip
-    _write_results(run, funnel, result)
-    title = f"{len(groups)} sources -> {num_clips['train']} training clips, {num_clips['held_out']} held out"
+    write_json(run.path / "funnel.json", result)
+    title = f"{found.num_sources} sources -> {num_clips['train']} training clips, {num_clips['held_out']} held out"
     print(render(funnel, title, sys.stdout.isatty()), flush=True)
-    if not sum(num_clips.values()):
+    if not total:
         raise DataError(
-            f"{config.source} holds no usable clip: of {len(groups)} sources none passed. Refused at {funnel.reasons()}. "
+            f"{shown} holds no usable clip: of {found.num_sources} sources none passed. Refused at {funnel.reasons()}. "
             f"See {run.path / 'quarantine.jsonl'} and {run.path / 'dropped.jsonl'}; give other sources or loosen the stages"
         )
     return result
 
 
-def dry_run(config: CurateConfig) -> str:
-    """Check that the stages fit together, and say what would run.
+@contextmanager
+def _only_driver(folder: Path) -> Iterator[None]:
+    """Hold the run directory, so that two drivers do not work in it; a driver that dies lets go of it.
 
     Raises:
-        ConfigError: see `plan_segments`.
+        DataError: another one holds it.
     """
-    plan_segments(config)
-    return f"{' -> '.join(section.kind for section in config.stages)}, groups of {config.engine.group_size} sources"
-
-
-def plan_segments(config: CurateConfig) -> list[tuple[list[dict[str, Any]], Any]]:
-    """The stages between barriers: pairs of (sections as plain values, the barrier's section that follows or None).
-
-    Raises:
-        ConfigError: a stage is named twice, comes before one that it needs, or the last one is not `transcode`.
-    """
-    seen: list[str] = []
-    segments: list[tuple[list[dict[str, Any]], Any]] = [([], None)]
-    for section in config.stages:
-        stage = registry.lookup(registry.CURATION_STAGES, section.kind, "curation stage")
-        missing = [name for name in stage.requires if name not in seen]
-        if missing:
-            raise ConfigError(f"stages: {section.kind!r} needs {missing[0]!r} before it; the order is {_names(config)}")
-        if section.kind in seen:
-            raise ConfigError(f"stages: {section.kind!r} is named twice; the order is {_names(config)}")
-        seen.append(section.kind)
-        if stage.barrier:
-            segments[-1] = (segments[-1][0], section)
-            segments.append(([], None))
-        else:
-            segments[-1][0].append(section.model_dump(mode="json"))
-    if seen[-1] != "transcode":
-        raise ConfigError(f"stages: the last must be 'transcode', which makes what is packed; the order is {_names(config)}")
-    return segments
-
-
-def _names(config: CurateConfig) -> str:
-    return ", ".join(section.kind for section in config.stages)
-
-
-def find_sources(folder: Path, output: Path) -> tuple[list[Row], int]:
-    """The video files below `folder`, sorted by source id, and the number of files that are neither video nor sidecar.
-
-    Raises:
-        DataError: the folder is missing or holds no video file.
-        ConfigError: `output` lies in it, so that a second run would read what the first one wrote.
-    """
-    if not folder.is_dir():
-        raise DataError(f"the source folder {folder} does not exist; set `source` to a folder of videos")
-    if output.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"the run directory {output} lies in the source folder {folder}; choose another run directory")
-    rows, ignored = [], 0
-    for path in folder.rglob("*"):
-        if not path.is_file():
-            continue
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            name = path.relative_to(folder).as_posix()
-            source_id = hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()[:24]
-            rows.append(Row(source_id, name, str(path.resolve()), path.stat().st_size))
-        else:
-            ignored += path.suffix.lower() not in SIDECAR_SUFFIXES
-    if not rows:
-        endings = " ".join(sorted(VIDEO_SUFFIXES))
-        raise DataError(f"{folder} holds no video file (looked for {endings}); {ignored} other files lie there")
-    return sorted(rows, key=lambda row: row.source_id), ignored
-
-
-def config_hash(config: CurateConfig) -> str:
-    """SHA-256 of all that determines the content of a shard, given its sources."""
-    value = {
-        "version": PIPELINE_VERSION, "stages": [section.model_dump(mode="json") for section in config.stages],
-        "held_out": config.held_out, "group_size": config.engine.group_size,
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-class _Session:
-    """Runs segments; starts Ray when the first group needs it and not before."""
-
-    def __init__(self, config: CurateConfig, run: RunDirectory, funnel: Funnel) -> None:
-        self.config, self.run, self.funnel = config, run, funnel
-        self.hash = config_hash(config)
-        self.committed = {entry.group: entry for entry in manifest.read_entries(run.path)}
-        self._ray = ExitStack()
-        self._started = False
-
-    def run_segment(
-        self, number: int, sections: list[dict[str, Any]], rows: Sequence[Row], groups: dict[str, str], last: bool
-    ) -> list[Row]:
-        """The rows that come out of a segment; those of the last one lie in shards and are not returned."""
-        jobs = [self._job(number, name, sections, members, last) for name, members in _by_group(rows, groups).items()]
-        reports: dict[str, dict[str, Any]] = {}
-        if last:
-            self._check_nothing_else({job.group for job in jobs})
-        for job in jobs:
-            report = read_report(job)
-            self._check_committed(job, report)
-            if report is not None and (not last or job.group in self.committed):
-                reports[job.group] = report
-        label = "+".join(section["kind"] for section in sections) or "pack"
-        todo = [job for job in jobs if job.group not in reports]
-        with progress(f"{label}, sources", total=len(rows)) as bar:
-            bar.start_at(sum(len(job.rows) for job in jobs if job.group in reports))
-            for job, report in self._run(todo):
-                if report is not None:
-                    reports[job.group] = report
-                    bar.advance(len(job.rows))
-        if len(reports) < len(jobs):
-            done = f"{len(reports)} of {len(jobs)} groups done"
-            raise Interrupted(f"curation stopped with {done} ({label}); run it again to go on")
-        for name in sorted(reports):
-            self.funnel.add_group(reports[name]["metrics"], reports[name]["losses"])
-        return [Row.from_json(row) for name in sorted(reports) for row in reports[name]["rows"]]
-
-    def close(self) -> None:
-        """Stop Ray, where it was started."""
-        self._ray.close()
-
-    def _run(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | None]]:
-        if not jobs or self.run.stop_requested:
-            return
-        if not self._started:
-            self._ray.enter_context(engine.cluster(self.config.engine))
-            self._started = True
-        yield from engine.run_jobs(jobs, self.config.engine, lambda: self.run.stop_requested)
-
-    def _job(self, number: int, group: str, sections: list[dict[str, Any]], rows: Sequence[Row], last: bool) -> Job:
-        limits = self.config.engine
-        return Job(
-            str(self.run.path.resolve()), group, number, [row.to_json() for row in rows], sections, last, self.hash,
-            self.config.held_out, limits.task_memory_mib, limits.task_timeout, limits.max_attempts,
-        )  # fmt: skip
-
-    def _check_committed(self, job: Job, report: dict[str, Any] | None) -> None:
-        """A committed group must be the one that would be made now."""
-        entry = self.committed.get(job.group)
-        if entry is None:
-            return
-        if entry.config_hash != self.hash:
+    path = folder / "control" / "driver.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise DataError(
-                f"{self.run.path} holds shards of another config (hash {entry.config_hash[:12]}, this one is "
-                f"{self.hash[:12]}); choose another run directory"
-            )
-        if report is None:
-            raise self._changed(job.group)
-
-    def _check_nothing_else(self, groups: set[str]) -> None:
-        """No group is committed that would not be made now."""
-        for group in sorted(self.committed.keys() - groups):
-            raise self._changed(group)
-
-    def _changed(self, group: str) -> DataError:
-        return DataError(
-            f"group {group} of {self.run.path} was committed from other files than {self.config.source} holds now; "
-            "choose another run directory, so that the dataset stays of one piece"
-        )
+                f"another process curates into {folder}; wait for it, stop it, or choose another run directory"
+            ) from None
+        yield
 
 
-def _by_group(rows: Sequence[Row], groups: dict[str, str]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.source_id):
-        found.setdefault(groups[row.source_id], []).append(row)
-    return found
-
-
-def _run_barrier(section: Any, rows: Sequence[Row], funnel: Funnel) -> list[Row]:
-    stage: BarrierStage = registry.lookup(registry.CURATION_STAGES, section.kind, "curation stage")(section)
-    kept, losses = stage.process_all(rows)
-    metrics = StageMetrics(section.kind, num_in=len(rows), num_out=len(kept), num_made=len(kept))
-    for loss in losses:
-        metrics.lose(loss)
-    funnel.add_group([metrics.to_json()], [asdict(loss) for loss in losses])
-    return kept
+def _finish(folder: Path) -> str:
+    """Gather the entries in a snapshot, unless a newer one stands, and remove what only steps needed; the dataset's hash."""
+    dataset, taken = manifest.Manifest.load(folder), folder / "manifest" / SNAPSHOT
+    newest = max(path.stat().st_mtime_ns for path in (folder / "manifest").glob("shard-*.json"))
+    if not taken.exists() or taken.stat().st_mtime_ns < newest:
+        dataset.write_snapshot()
+    for name in ("scans", "exchange"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return dataset.hash
 
 
 def _ensure_splits(folder: Path, share: float) -> dict[str, int]:
     """See to it that with two sources or more neither split is empty; the number of clips of each split.
 
     A source's split is a function of its id alone, except here: of a few sources chance may put all on one side, and then the
-    one whose number lies nearest to the other side moves.
+    one whose number lies nearest to the other side moves. With many sources that does not happen, so few shards are looked at.
     """
-    entries = manifest.read_entries(folder)
-    sources = {r.source_id: (entry, r.split) for entry in entries for r in manifest.read_index(folder, entry)}
-    order = sorted(sources, key=split_position)
-    if share > 0 and len(order) >= 2:
-        splits = {split for _, split in sources.values()}
-        if splits == {"train"}:
-            manifest.assign_split(folder, sources[order[0]][0], order[0], "held_out")
-        elif splits == {"held_out"}:
-            manifest.assign_split(folder, sources[order[-1]][0], order[-1], "train")
-    elif share > 0 and order:
+    names = [path.stem.removeprefix("shard-") for path in sorted((folder / "manifest").glob("shard-*.json"))]
+    counts = _count(folder, names)
+    if share == 0 or min(counts.values()) > 0 or not sum(counts.values()):
+        return counts
+    homes: dict[str, list[str]] = {}
+    for name in names[:_SHARDS_LOOKED_AT]:
+        for record in manifest.read_index(folder, manifest.read_entry(folder, name)):
+            if name not in homes.setdefault(record.source_id, []):
+                homes[record.source_id].append(name)
+    order = sorted(homes, key=split_position)
+    if len(order) < 2:
         LOG.warning("only one source gave clips, so one of the splits is empty")
-    counts = [entry.num_clips for entry in manifest.read_entries(folder)]
-    return {split: sum(count[split] for count in counts) for split in manifest.SPLITS}
+        return counts
+    source, split = (order[0], "held_out") if not counts["held_out"] else (order[-1], "train")
+    for name in homes[source]:
+        manifest.assign_split(folder, manifest.read_entry(folder, name), source, split)
+    return _count(folder, names)
 
 
-def _write_results(run: RunDirectory, funnel: Funnel, result: dict[str, Any]) -> None:
-    write_json(run.path / "funnel.json", result)
-    listed: dict[str, list[str]] = {"quarantine.jsonl": [], "dropped.jsonl": []}
-    for loss in sorted(funnel.losses, key=lambda loss: (loss.source, loss.start or 0)):
-        name = "dropped.jsonl" if loss.kind == "dropped" else "quarantine.jsonl"
-        listed[name].append(json.dumps({name: value for name, value in asdict(loss).items() if value is not None}) + "\n")
-    for name, lines in listed.items():
-        write_atomic(run.path / name, "".join(lines))
+def _count(folder: Path, groups: Sequence[str]) -> dict[str, int]:
+    counts = dict.fromkeys(manifest.SPLITS, 0)
+    for group in groups:
+        for split, count in manifest.read_entry(folder, group).num_clips.items():
+            counts[split] += count
+    return counts
+
+
+def write_losses(folder: Path, steps: Sequence[Sequence[str]]) -> None:
+    """Gather the losses of all groups (`steps`: the groups of each step) in quarantine.jsonl and dropped.jsonl, by group."""
+    at: dict[str, list[int]] = {}
+    for number, groups in enumerate(steps):
+        for group in groups:
+            at.setdefault(group, []).append(number)
+    temporary = {name: folder / f".{name}.jsonl.tmp-{os.getpid()}" for name in ("quarantine", "dropped")}
+    with (
+        temporary["quarantine"].open("w", encoding="utf-8") as quarantine,
+        temporary["dropped"].open("w", encoding="utf-8") as dropped,
+    ):
+        for group in sorted(at):
+            for number in at[group]:
+                for loss in reports.read_losses(folder, number, group):
+                    file = dropped if loss["kind"] == "dropped" else quarantine
+                    file.write(json.dumps(loss, ensure_ascii=False) + "\n")
+    for name, path in temporary.items():
+        os.replace(path, folder / f"{name}.jsonl")
+
+
+def _upload(output: str, session: Session, manifest_hash: str) -> None:
+    """Copy the dataset to `output`, unless that was done."""
+    done = session.folder / "uploaded.json"
+    wanted = {"output": storage.redacted(output), "manifest_hash": manifest_hash}
+    if done.exists() and read_json(done) == wanted:
+        return
+    sink.claim(output, manifest_hash)
+    session.upload(output, session.groups[-1])
+    storage.put_file(session.folder / "manifest" / SNAPSHOT, storage.join(output, f"manifest/{SNAPSHOT}"))
+    write_json(done, wanted)

@@ -11,24 +11,41 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from data_pipelines.groups import Job, process_group
+from data_pipelines.address import check_address
 from data_pipelines.scratch import RAY, scratch_folder
 from videofm.config.curate import EngineConfig
-from videofm.errors import DataError, VideofmError
+from videofm.errors import ConfigError, DataError, TransientError, VideofmError
 
 _WORKER_DEATHS = 2
 """A task whose worker process dies is begun again this often; the attempts log keeps a source from doing that twice."""
 
+_TRANSIENT_GROUPS = 10
+"""After so many groups whose store did not answer nothing more is begun."""
+
 LOOPBACK = "127.0.0.2"
 """Address of a local node. Ray takes 127.0.0.1 for a slip and puts the machine's outward address in its place."""
+
+START_SECONDS = 1800.0
+"""Actors that do not answer for so long, while they wait for a place, load weights or are replaced, are given up."""
+
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
+"""What Ray raises where an actor, or what it answered, was lost with its process or its machine: another may take its place."""
+
+Task = TypeVar("Task")
+Tick = Callable[[int], None]
+"""Called about once a second with the number of tasks that run."""
 
 
 @contextmanager
@@ -37,10 +54,15 @@ def cluster(config: EngineConfig) -> Iterator[None]:
 
     The local node talks over loopback, has no dashboard, sends no usage statistics, and asks for a random token: some of Ray's
     ports listen on all interfaces whatever it is told. The token lives in the environment of these processes, not in a file.
+
+    Raises:
+        ConfigError: `config.address` is open to everybody, or public without a token.
     """
     if ray.is_initialized():
         yield
         return
+    if config.address is not None:
+        check_address(config.address, os.environ)
     handlers = _signal_handlers()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if config.address is None:
@@ -53,6 +75,7 @@ def cluster(config: EngineConfig) -> Iterator[None]:
         try:
             if config.address is None:
                 ray.init(
+                    address="local",  # else RAY_ADDRESS would count
                     num_cpus=config.num_workers or os.cpu_count(),
                     include_dashboard=False,
                     _node_ip_address=LOOPBACK,
@@ -70,50 +93,148 @@ def cluster(config: EngineConfig) -> Iterator[None]:
             _restore_signal_handlers(handlers)
 
 
-def run_jobs(
-    jobs: Sequence[Job], config: EngineConfig, should_stop: Callable[[], bool]
-) -> Iterator[tuple[Job, dict[str, Any] | None]]:
-    """Run jobs on the cluster, a bounded number at once; yields each with its report as it ends (None: it was stopped).
+def run_tasks(
+    function: Callable[..., Any],
+    tasks: Iterable[tuple[Task, tuple[Any, ...]]],
+    config: EngineConfig,
+    should_stop: Callable[[], bool],
+    *,
+    num_cpus: float = 1.0,
+    reserved_cpus: float = 0.0,
+    tick: Tick = lambda running: None,
+    failed: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Task, Any]]:
+    """Run `function(*arguments)` for pairs of task and arguments, a bounded number at once; yields each with its result.
 
-    Once `should_stop()` is true nothing more is submitted; what runs ends by itself at its next source.
+    Args:
+        function: a function of a module; arguments and result travel to and from a Ray worker.
+        tasks: drawn from as workers become free.
+        config: how many at once, and the memory of one.
+        should_stop: once it is true nothing more is begun; what runs ends by itself.
+        num_cpus: CPUs of a task; 0 where it only waits for actors, so that it cannot keep them from starting.
+        reserved_cpus: those that actors hold.
+        tick: see `Tick`.
+        failed: called when a task fails for a reason outside of its sources; may ask the others to end early. Nothing more is
+            begun then, and what runs is waited for: a task that is killed would look as if its source had killed it.
 
     Raises:
+        TransientError: stores of some groups did not answer; all others were done first.
         DataError: a task failed for a reason outside of its sources, such as a full disk.
+        ConfigError: no node of the cluster has the memory that a task may use.
     """
+    cpus = float(ray.cluster_resources().get("CPU", 1.0)) - reserved_cpus
     # An idle task slot costs a scheduling round, so one more than can run is kept waiting.
-    limit = (config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))) + 1
-    task = ray.remote(num_cpus=1, max_retries=_WORKER_DEATHS)(_task)
-    waiting = list(reversed(jobs))
-    running: dict[Any, Job] = {}
-    while running or (waiting and not should_stop()):
-        while waiting and not should_stop() and len(running) < limit:
-            job = waiting.pop()
-            running[task.remote(asdict(job))] = job
+    limit = (config.num_workers or max(1, int(cpus))) + 1
+    remote = ray.remote(num_cpus=num_cpus, memory=_task_memory(config), max_retries=_WORKER_DEATHS)(_call)
+    waiting, running = iter(tasks), dict[Any, Task]()
+    transient: list[TransientError] = []
+    failure: Exception | None = None
+    exhausted = False
+    while True:
+        while not (exhausted or failure or should_stop()) and len(running) < limit and len(transient) < _TRANSIENT_GROUPS:
+            task = next(waiting, None)
+            if task is None:
+                exhausted = True
+            else:
+                running[remote.remote(function, task[1])] = task[0]
+        if not running:
+            break
         done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        tick(len(running))
         for reference in done:
-            job = running.pop(reference)
-            yield job, _result(reference, job)
+            name = running.pop(reference)
+            try:
+                result = _result(reference, name)
+            except TransientError as error:
+                transient.append(error)
+            except Exception as error:
+                if failure is None:
+                    failure = error
+                    failed()
+            else:
+                yield name, result
+    if failure is not None:
+        raise failure
+    if transient:
+        raise TransientError(f"{len(transient)} groups could not read their sources; the first: {transient[0]}")
 
 
-def _task(job: dict[str, Any]) -> dict[str, Any] | None:
-    """What runs in a Ray worker."""
-    return process_group(Job(**job))
+def check_actors(name: str, count: int, num_cpus: float, num_gpus: float) -> None:
+    """Refuse actors that Ray would look for a place for without end.
+
+    Args:
+        name: who wants them, in messages.
+        count: how many.
+        num_cpus: of each.
+        num_gpus: of each.
+
+    Raises:
+        ConfigError: the cluster has not the CPUs and GPUs for them, beside nothing else.
+    """
+    has = ray.cluster_resources()
+    for kind, need in {"CPU": num_cpus, "GPU": num_gpus}.items():
+        if need * count > has.get(kind, 0.0):
+            raise ConfigError(
+                f"{name}: {count} actors with {need:g} {kind} each need {need * count:g}, the cluster has "
+                f"{has.get(kind, 0.0):g}; lower num_actors or num_{kind.lower()}s"
+            )
 
 
-def _result(reference: Any, job: Job) -> dict[str, Any] | None:
+def first_answers(name: str, references: Any) -> Any:
+    """What actors answer that were just made: they may have to wait for a place, and to load weights.
+
+    Raises:
+        DataError: one of them died, or did not answer for `START_SECONDS`. What an actor raised itself is raised as it was.
+    """
     try:
-        report: dict[str, Any] | None = ray.get(reference)
-        return report
+        return ray.get(references, timeout=START_SECONDS)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except (*DEATHS, ray.exceptions.GetTimeoutError) as error:
+        raise DataError(f"{name}: an actor did not start: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def call(function: Callable[..., Any], config: EngineConfig, *arguments: Any) -> Any:
+    """The result of one call in a Ray worker."""
+    ((_, result),) = run_tasks(function, [("the listing of sources", arguments)], config, lambda: False)
+    return result
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What runs in a Ray worker."""
+    return function(*arguments)
+
+
+def _task_memory(config: EngineConfig) -> int:
+    """The bytes of memory that a task is declared to use."""
+    need = config.task_memory_mib * 2**20
+    most = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if need > most:
+        raise ConfigError(
+            f"engine.task_memory_mib is {config.task_memory_mib}, no node of the cluster has more than {most / 2**20:.0f} MiB "
+            "for tasks; lower it, or free memory"
+        )
+    return need
+
+
+def _result(reference: Any, name: Any) -> Any:
+    try:
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, VideofmError):
             raise error.cause from None
         if isinstance(error.cause, OSError):
-            raise DataError(f"group {job.group} could not be written: {error.cause}. Free the disk and run again") from None
+            raise DataError(f"group {name} could not be written: {error.cause}. Free the disk and run again") from None
         raise
     except ray.exceptions.RayError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         times = _WORKER_DEATHS + 1
-        raise DataError(f"the worker of group {job.group} died {times} times: {first}. Run again to go on") from None
+        raise DataError(f"the worker of group {name} died {times} times: {first}. Run again to go on") from None
 
 
 def _signal_handlers() -> dict[signal.Signals, Any]:

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_pipelines.rows import Row
+from data_pipelines.rows import FrameRequest, Row
 
 COMMAND = (sys.executable, "-m", "data_pipelines.child")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Failure:
-    """A child that did not answer. `kind` is `crash` or `timeout`; `stage` is None when it died outside of any."""
+    """A child that did not answer. `kind` is `crash` or `timeout`, or `fatal` where the request cannot be met; `stage` is None
+    when it died outside of any."""
 
     kind: str
     stage: str | None
@@ -43,16 +44,27 @@ class Isolate:
 
     Args:
         stages: sections of the config, as plain values.
-        scratch: an empty folder for clips.
+        scratch: an empty folder for clips and frames.
         memory_mib: memory that a source's process may map beyond what its code needs.
         timeout: seconds of wall time for a stage.
         command: how to start the child.
+        frames: what a model wants to see; the child then writes frames (see `frames.py`) and runs no stages.
+        scans: a folder where scans of sources may lie (see `Workspace`); new ones are written to it if `keep_scans`.
     """
 
     def __init__(
-        self, stages: list[dict[str, Any]], scratch: Path, memory_mib: int, timeout: float, command: Sequence[str] = COMMAND
+        self,
+        stages: list[dict[str, Any]],
+        scratch: Path,
+        memory_mib: int,
+        timeout: float,
+        command: Sequence[str] = COMMAND,
+        frames: FrameRequest | None = None,
+        scans: Path | None = None,
+        keep_scans: bool = False,
     ) -> None:
-        self.header = {"stages": stages, "scratch": str(scratch), "memory_mib": memory_mib, "timeout": timeout}
+        self.header: dict[str, Any] = {"stages": stages, "scratch": str(scratch), "memory_mib": memory_mib, "timeout": timeout}
+        self.header |= {"frames": asdict(frames) if frames else None, "scans": scans and str(scans), "keep_scans": keep_scans}
         self.command = list(command)
         self._process: subprocess.Popen[str] | None = None
 
@@ -62,19 +74,21 @@ class Isolate:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def run(self, row: Row) -> Result:
-        """Run the stages on a source. Never raises for what the source does."""
+    def run(self, *rows: Row) -> Result:
+        """Run the stages on rows of one source. Never raises for what the source does."""
         try:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps(row.to_json()) + "\n")
+            process.stdin.write(json.dumps([row.to_json() for row in rows] if len(rows) > 1 else rows[0].to_json()) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             code = self._stop()
-            return Result([], [], Failure("crash", None, f"the parent of the decoding process ended with code {code}", 1))
+            return Result(
+                [], [], Failure("crash", None, f"the parent of the decoding process ended with code {code}", len(rows))
+            )
         value = json.loads(line)
         failure = value["failure"] and Failure(**value["failure"])
         return Result(value["stages"], [Row.from_json(row) for row in value["rows"]], failure)

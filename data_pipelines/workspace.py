@@ -1,234 +1,189 @@
 """The source that a child process works on: its facts, one scan of all its frames, and a reader that goes forward.
 
 All stages of a source share one `Workspace`, so that a source is demuxed once for its facts, decoded once for cuts and scores
-(at small size, frame by frame) and decoded once more for the clips: memory does not grow with the length of a video.
+(at small size, frame by frame) and decoded once more for the clips: memory does not grow with the size of a picture times the
+length of a video, only a few numbers a frame are kept. Where it is told a file for its scan, a later process of the same source
+(behind a barrier) finds the scan there and does not decode again.
+
+With a `span`, the frames whose time lies in it are the whole: indices count from the first of them.
 """
 
 from __future__ import annotations
 
-import hashlib
+import bisect
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import av
 import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
-from data_pipelines.rows import SourceInfo, Unusable
+from data_pipelines import video
+from data_pipelines.measures import WHOLE, Box
+from data_pipelines.rows import Row, SourceInfo, Unusable
+from data_pipelines.scan import CutDetector, Scan, Wanted, load_scan, measure, save_scan, still_box
+from data_pipelines.video import Header, Probed
 from videofm.data.decoders.pyav import Converter
 
-FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,ivf,h264,hevc"
-"""Containers that are opened. Playlists (hls, dash, concat) are not among them: they read other files."""
-
-OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-SCAN_WIDTH = 256
-"""Frames are scanned at most this wide, in pixels."""
-_LUMINANCE = np.array([0.114, 0.587, 0.299])  # of blue, green, red (BT.601)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over the T decoded frames gave.
-
-    `times` (T,) are presentation times in seconds from the first frame; `motion` (T,) the mean absolute change since the frame
-    before, over pixels and colour channels, and `brightness` (T,) the mean luminance, both in [0, 1]; `cuts` are the indices of
-    the first frames of new shots.
-    """
-
-    times: np.ndarray[Any, Any]
-    motion: np.ndarray[Any, Any]
-    brightness: np.ndarray[Any, Any]
-    cuts: list[int]
-
-
-class CutDetector(Protocol):
-    """Finds cuts in a stream of frames."""
-
-    def observe(self, index: int, frame: np.ndarray[Any, Any]) -> list[int]:
-        """Take frame `index`, BGR uint8 `(H, W, 3)`; the cuts found with it."""
-        ...
+_NUM_KEY_FRAMES = 8
+"""Frames looked at for borders before the scan, so that it can measure within them."""
 
 
 class Workspace:
-    """The source at `path`, with a scratch folder for clips. `notes` counts what is worth telling in the funnel."""
+    """The source at `path`, with a folder for clips. `notes` counts what is worth telling in the funnel.
 
-    def __init__(self, path: Path, scratch: Path) -> None:
-        self.path, self.scratch = path, scratch
+    Args:
+        path: the file.
+        scratch: where clips are written.
+        span: the part to work on, seconds `[from, to)` since the first frame; None for all of it.
+        kept_scan: a file where the scan of an earlier process may lie, or None.
+        keep: write the scan there for a later process.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        scratch: Path,
+        span: tuple[float, float] | None = None,
+        kept_scan: Path | None = None,
+        keep: bool = True,
+    ) -> None:
+        cv2.setNumThreads(1)  # the sum of floating-point numbers must not depend on the machine
+        self.path, self.scratch, self.span, self.kept_scan, self.keep = path, scratch, span, kept_scan, keep
         self.notes: Counter[str] = Counter()
-        self._info: SourceInfo | None = None
-        self._scan: Scan | None = None
-        self._reader: Iterator[np.ndarray[Any, Any]] | None = None
+        self._wanted, self._detector = Wanted(), _no_detector
+        self._probed: Probed | None = None
+        self._scan: tuple[Scan, Wanted] | None = None
+        self._reader: Iterator[tuple[int, Any]] | None = None
         self._position = 0
+        self._to_rgb = Converter()
 
     def info(self) -> SourceInfo:
         """Facts by hashing and demuxing the file, without decoding more than one frame.
 
         Raises:
-            Unusable: it is empty, no video, truncated, or its first frame does not decode.
+            Unusable: see `video.inspect`.
         """
-        if self._info is None:
-            self._info = _inspect(self.path)
-        return self._info
+        return self.probe().info
 
-    def scan(self, detector: CutDetector | None = None) -> Scan:
-        """Decode all frames once; the result is kept, unless a later call brings a detector.
+    def probe(self, admit: Callable[[Header], None] = lambda header: None) -> Probed:
+        """As `info`, with more facts; `admit` is shown the header before anything is decoded, and may raise."""
+        if self._probed is None:
+            self._probed = video.inspect(self.path, admit)
+        return self._probed
+
+    def want(self, wanted: Wanted, detector: Callable[[], CutDetector | None] | None = None) -> None:
+        """Say what the scan shall measure; what stages want adds up. `detector` makes the one that `wanted.cuts` describes."""
+        self._wanted = self._wanted | wanted
+        if detector is not None:
+            self._detector = detector
+
+    def scan(self) -> Scan:
+        """Decode all frames once, and measure what stages want; the result is kept until more is wanted.
 
         Raises:
             Unusable: a frame does not decode.
         """
-        if self._scan is None or detector is not None:
-            self._scan = _scan(self.path, detector)
-        return self._scan
+        wanted = self._wanted
+        source = [self.path.stat().st_size, *(self.span or ())]
+        if self._scan is None and self.kept_scan is not None:
+            self._scan = load_scan(self.kept_scan, wanted, source)
+        if self._scan is None or not self._scan[1].covers(wanted):
+            box = self._border() if wanted.borders else WHOLE
+            detector = self._detector() if wanted.cuts else None
+            self._scan = measure(self._timed(0, None), wanted, self._stride(wanted), box, detector), wanted
+            if self.kept_scan is not None and self.keep:
+                save_scan(self.kept_scan, self._scan[0], wanted, source)
+        return self._scan[0]
+
+    def scan_of(self, row: Row) -> Scan:
+        """The scan of a clip alone, within its border.
+
+        The pass over the source serves it, unless the clip's border is not that of the source or no pair of its frames was
+        sampled: then the frames of the clip are decoded once more.
+        """
+        scan = self.scan()
+        stop = row.stop if row.stop is not None else len(scan.times)
+        part, box, length = scan.part(row.start, stop), self._box_of(row), stop - row.start
+        num_pairs = int(np.isfinite(part.flow).sum())
+        if box == part.box and (num_pairs or (length == 1 and len(part.sampled))):
+            return part
+        wanted = replace(self._wanted, borders=False, cuts="")
+        stride = self._stride(wanted) if num_pairs else max(1, length // 2)
+        return measure(self._timed(row.start, stop), wanted, stride, box, phase=min(1, length - 1))
+
+    def border_of(self, box: Box) -> tuple[int, int, int, int]:
+        """A box as `Row.border`: top, left, height, width in pixels of the shown frame, all even where the frame is."""
+        info = self.info()
+        top, left = (2 * -int(-share * side / 2 // 1) for share, side in zip(box[:2], (info.height, info.width), strict=True))
+        bottom, right = (2 * int(share * side / 2) for share, side in zip(box[2:], (info.height, info.width), strict=True))
+        return top, left, bottom - top, right - left
 
     def frames(self, start: int, stop: int) -> Iterator[np.ndarray[Any, Any]]:
         """The frames `[start, stop)`, RGB uint8 `(H, W, 3)`, rotated as the file says. Cheap when calls go forward."""
+        for _, frame in self._decoded(start, stop):
+            if frame.rotation % 90:
+                raise Unusable("odd_rotation", f"rotated by {frame.rotation} degrees")
+            yield self._to_rgb(frame)
+
+    def first_frame(self) -> int:
+        """Index within the whole source of the frame that has index 0 here."""
+        return self._bounds()[0]
+
+    def _bounds(self) -> tuple[int, int | None]:
+        """The frames of the span within the source."""
+        if self.span is None:
+            return 0, None
+        probed = self.probe()
+        since = [pts - probed.pts[0] for pts in probed.pts]
+        edges = [bisect.bisect_left(since, edge / probed.time_base) for edge in self.span]
+        return edges[0], edges[1]
+
+    def _decoded(self, start: int, stop: int | None) -> Iterator[tuple[int, Any]]:
+        """Frames with their index here; goes on from where the last call ended, if that is not behind it."""
+        first, end = self._bounds()
         if self._reader is None or start < self._position:
-            self._reader, self._position = _rgb_frames(self.path), 0
-        while self._position < stop:
-            frame = next(self._reader, None)
-            if frame is None:
-                raise Unusable("undecodable", f"the second pass ended at frame {self._position}, the first did not")
-            self._position += 1
+            begin = first if self.span is None else first + start
+            self._reader = video.decoded(self.path, begin, self.probe().pts if begin else None)
+            self._position = begin - first
+        while (stop is None or self._position < stop) and (end is None or self._position < end - first):
+            found = next(self._reader, None)
+            if found is None:
+                if stop is None and end is None:
+                    return
+                raise Unusable("undecodable", f"the video ended at frame {self._position}, of {stop or end} that were promised")
+            self._position = found[0] - first + 1
             if self._position > start:
-                yield frame
+                yield self._position - 1, found[1]
+
+    def _timed(self, start: int, stop: int | None) -> Iterator[tuple[float, Any]]:
+        for _, frame in self._decoded(start, stop):
+            yield float(frame.pts * frame.time_base), frame
+
+    def _stride(self, wanted: Wanted) -> int:
+        fps = self.info().fps or 25.0
+        return max(1, round(fps / wanted.samples_per_second)) if wanted.samples_per_second else 1
+
+    def _border(self) -> Box:
+        probed = self.probe()
+        first, last = probed.pts[0] * probed.time_base, probed.pts[-1] * probed.time_base
+        if self.span is not None:
+            first, last = first + self.span[0], min(last, first + self.span[1])
+        times = [first + (last - first) * (i + 0.5) / _NUM_KEY_FRAMES for i in range(_NUM_KEY_FRAMES)]
+        return still_box(video.key_frames(self.path, times))
+
+    def _box_of(self, row: Row) -> Box:
+        """The part of the picture that counts for a row: the box of the scan, where that is what its border says."""
+        if row.border is None:
+            return WHOLE
+        scan, info = self.scan(), self.info()
+        if self.border_of(scan.box) == row.border:
+            return scan.box
+        top, left, height, width = row.border
+        return top / info.height, left / info.width, (top + height) / info.height, (left + width) / info.width
 
 
-@contextmanager
-def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream (cover art is not one), decoding on one thread.
-
-    Raises:
-        Unusable: it is empty, not a video, truncated, or FFmpeg stops with an error.
-    """
-    try:
-        container = av.open(str(path), options=OPTIONS)
-    except MemoryError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise Unusable(*_why_not_opened(path, error)) from None
-    with closing(container):
-        streams = [stream for stream in container.streams.video if not _is_cover(stream)]
-        if not streams:
-            raise Unusable("no_video", "the file has no video stream")
-        stream = streams[0]
-        stream.thread_type = "NONE"
-        if stream.codec_context is None:
-            raise Unusable("unknown_codec", "no decoder for its video stream")
-        stream.codec_context.thread_count = 1
-        try:
-            yield container, stream
-        except (av.FFmpegError, EOFError) as error:
-            raise Unusable("undecodable", _message(error)) from None
-
-
-def _is_cover(stream: Any) -> bool:
-    return bool(int(stream.disposition) & int(av.stream.Disposition.attached_pic))
-
-
-def _why_not_opened(path: Path, error: Exception) -> tuple[str, str]:
-    """Reason and detail for a file that does not open."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    if not head:
-        return "empty", "the file has no bytes"
-    if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3":
-        return "truncated", f"it begins as a video file, but its index is missing or cut ({_message(error)})"
-    return "not_video", _message(error)
-
-
-def _message(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _inspect(path: Path) -> SourceInfo:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    packets = hashlib.sha256()
-    with open_video(path) as (container, stream):
-        packets.update(stream.codec_context.extradata or b"")
-        rotation, num_frames, first, last, num_bytes = None, 0, None, None, 0
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            packets.update(bytes(packet))
-            num_frames += not packet.is_discard
-            num_bytes += packet.size
-            if packet.pts is not None:
-                first = packet.pts if first is None else min(first, packet.pts)
-                last = packet.pts if last is None else max(last, packet.pts)
-            if rotation is None:
-                rotation = next((int(frame.rotation) for frame in packet.decode()), None)
-        if rotation is None:
-            rotation = next((int(frame.rotation) for frame in stream.codec_context.decode(None)), None)
-        if stream.frames and num_frames < stream.frames and num_bytes and _file_is_cut(path, stream, num_frames):
-            raise Unusable("truncated", f"the header promises {stream.frames} frames, the file holds {num_frames}")
-        if rotation is None or first is None or last is None:
-            raise Unusable("undecodable", f"none of its {num_frames} packets gives a frame with a presentation time")
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        sides = (stream.height, stream.width) if rotation % 180 == 0 else (stream.width, stream.height)
-        duration = float((last - first) * stream.time_base) + (1 / fps if fps else 0.0)
-        codec, name = stream.codec_context.name, container.format.name
-        return SourceInfo(sha256, packets.hexdigest(), name, codec, num_frames, fps, *sides, duration)
-
-
-def _file_is_cut(path: Path, stream: Any, num_frames: int) -> bool:
-    """Whether fewer packets than promised means a cut file; an edit list hides frames without that."""
-    with av.open(str(path), options={**OPTIONS, "ignore_editlist": "1"}) as container:
-        return sum(bool(p.size) for p in container.demux(container.streams[stream.index])) < stream.frames
-
-
-def _decoded(path: Path) -> Iterator[Any]:
-    """All frames of a source, in presentation order.
-
-    Raises:
-        Unusable: one does not decode, is marked as corrupt, or does not come later than the one before.
-    """
-    with open_video(path) as (container, stream):
-        last = None
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise Unusable("undecodable", f"the frame at {frame.time} s is damaged")
-            if frame.pts is None or (last is not None and frame.pts <= last):
-                raise Unusable("bad_timestamps", f"a frame with presentation time {frame.pts} follows {last}")
-            last = frame.pts
-            yield frame
-
-
-def _rgb_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
-    to_rgb = Converter()
-    for frame in _decoded(path):
-        if frame.rotation % 90:
-            raise Unusable("odd_rotation", f"rotated by {frame.rotation} degrees")
-        yield to_rgb(frame)
-
-
-def _scan(path: Path, detector: CutDetector | None) -> Scan:
-    times: list[float] = []
-    motion: list[float] = []
-    brightness: list[float] = []
-    cuts: list[int] = []
-    before: np.ndarray[Any, Any] | None = None
-    scaler = VideoReformatter()
-    for index, frame in enumerate(_decoded(path)):
-        scale = min(1.0, SCAN_WIDTH / frame.width)
-        size = {"width": max(2, round(frame.width * scale)), "height": max(2, round(frame.height * scale))}
-        image = scaler.reformat(frame, format="bgr24", threads=1, **size).to_ndarray()
-        # Colours and not luminance alone: a green shape on grey of the same luminance moves, too.
-        change = 0.0
-        if before is not None and before.shape == image.shape:
-            change = float(np.mean(cv2.mean(cv2.absdiff(image, before))[:3])) / 255.0
-        times.append(float(frame.pts * frame.time_base))
-        motion.append(change)
-        brightness.append(float(np.dot(cv2.mean(image)[:3], _LUMINANCE)) / 255.0)
-        if detector is not None:
-            cuts.extend(detector.observe(index, image))
-        before = image
-    if not times:
-        raise Unusable("undecodable", "no frame decodes")
-    seconds = np.array(times) - times[0]
-    return Scan(seconds, np.array(motion), np.array(brightness), sorted(set(cuts) - {0}))
+def _no_detector() -> CutDetector | None:
+    return None

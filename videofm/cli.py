@@ -9,42 +9,19 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from videofm import __version__
+from videofm import __version__, cli_data
+from videofm.cli_verb import EXIT_CODES, OVERRIDES, STOPPING, Verb, about
 from videofm.errors import ConfigError, Interrupted, VideofmError
+from videofm.registry import nearest
 
 if TYPE_CHECKING:
     from videofm.config.recipe import RecipeConfig
+    from videofm.config.train import TrainConfig
     from videofm.recipe import PlannedStage
-
-EXIT_CODES = """exit codes:
-  0   what was asked for is done
-  1   the work failed (data, checkpoint, or a fault of ours)
-  2   the request was wrong (a key, a value, a path, a combination)
-  75  interrupted with everything saved; the same command resumes"""
-
-OVERRIDES = """overrides:
-  key.path=value changes one value; values are YAML: 3, 2e-4, true, null, '[a, b]', '{name: vae/ltx}'.
-  A number steps into a list (stages.2.threshold=30). Later ones win. Relative paths, in files too, start at the
-  current directory; only `extends: base.yaml` starts at the file that says it."""
-
-STOPPING = """stopping:
-  Ctrl-C or SIGTERM (or touching RUN/control/stop) saves and stops at the next safe point, a second one stops at once."""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb: one line for the overview, its own help, how its arguments are declared, what it does."""
-
-    summary: str
-    about: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    action: Callable[[argparse.Namespace], int]
-    schema: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,14 +79,20 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f", did you mean `videofm {close[0]}`?" if close else "."
         raise ConfigError(f"no verb is called {name!r}{hint} Verbs: {', '.join(VERBS)}. `videofm --help` explains them.")
-    verb = VERBS[name]
+    verb, rest = VERBS[name], arguments[1:]
+    if verb.parts and rest and not rest[0].startswith("-"):
+        if rest[0] not in verb.parts:
+            raise ConfigError(
+                f"`videofm {name}` has no part {rest[0]!r}{nearest(rest[0], verb.parts)}. It has: {', '.join(verb.parts)}."
+            )
+        name, verb, rest = f"{name} {rest[0]}", verb.parts[rest[0]], rest[1:]
     parser = _Parser(
         prog=f"videofm {name}", description=verb.about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.schema = verb.schema
     verb.arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parsed = parser.parse_intermixed_args(arguments[1:])
+    parsed = parser.parse_intermixed_args(rest)
     parsed.verb = name
     return verb.action(parsed)
 
@@ -185,7 +168,7 @@ def _stage(arguments: argparse.Namespace) -> int:
             f"`videofm run {arguments.config} --until {arguments.stage}` runs what is missing, too"
         )
     run = RunDirectory(path)
-    if arguments.verb in ("train", "curate") and run.fingerprint == fingerprint(config, inputs) and run.finished:
+    if arguments.verb in ("train", "curate", "encode") and run.fingerprint == fingerprint(config, inputs) and run.finished:
         print(f"{path} is finished with this config already; nothing to do. For another run give --run-dir.")
         return 0
     results = execute(config, path, inputs)
@@ -211,14 +194,12 @@ def _sample(arguments: argparse.Namespace) -> int:
     return _stage(arguments)
 
 
-def _data(arguments: argparse.Namespace) -> int:
-    """`videofm data buckets`: what a train config's buckets make of its clips."""
-    from videofm.data.bucket_report import report_of
-
-    arguments.verb = "train"  # whose config it reads
+def _train_config(arguments: argparse.Namespace) -> TrainConfig:
+    """The config of a train stage, from its file or from a recipe."""
+    arguments.verb = "train"
     config = _stage_of_recipe(arguments)[0].config if arguments.stage is not None else _stage_config(arguments)[0]
-    print(report_of(config.data, config.seed))
-    return 0
+    assert config.kind == "train"
+    return config
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -354,14 +335,6 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     short.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
 
 
-def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("view", choices=["buckets"], help="what to look at")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of a train stage")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
-    parser.add_argument("--stage", metavar="NAME", help="CONFIG is a recipe: look at the data of this stage of it")
-    parser.set_defaults(run_dir=None)
-
-
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
     parser.add_argument("--folder", default=".", metavar="DIR", help="where runs will be written; its free space is told")
@@ -372,18 +345,14 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="store_true", help="print the fields for people")
 
 
-def _about(purpose: str, examples: str, *more: str) -> str:
-    return "\n\n".join([purpose, "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()), *more, EXIT_CODES])
-
-
 def _stage_verb(name: str, summary: str, purpose: str, examples: str) -> Verb:
-    return Verb(summary, _about(purpose, examples, OVERRIDES, STOPPING), _stage_arguments, _stage, name)
+    return Verb(summary, about(purpose, examples, OVERRIDES, STOPPING), _stage_arguments, _stage, name)
 
 
 VERBS = {
     "run": Verb(
         "run a recipe, a chain of stages; what is done is skipped",
-        _about(
+        about(
             "Walk a recipe: each stage has its own run directory in RUN/stages/NAME. A finished stage is skipped, an\n"
             "interrupted one resumes, a changed one runs again together with what depends on it (the old directory moves to\n"
             "RUN/stale/).",
@@ -409,19 +378,15 @@ VERBS = {
         "never stops the job.",
         "videofm curate configs/real_clips.yaml --stage curate source=/data/videos",
     ),
-    "data": Verb(
-        "what a training run will read, before it runs",
-        _about(
-            "`videofm data buckets` plays the order of samples of a train config with data.buckets through, without decoding:\n"
-            "which clips fall into which size and which nowhere and why, tokens, micro-batches, shares of steps, how much\n"
-            "step times differ, and how long ranks wait for each other.",
-            "videofm data buckets train.yaml\n"
-            "videofm data buckets train.yaml data.buckets.budget=8192 data.micro_batch_size=4\n"
-            "videofm data buckets recipe.yaml --stage dit",
-            OVERRIDES,
-        ),
-        _data_arguments,
-        _data,
+    "data": cli_data.verb(_train_config),
+    "encode": _stage_verb(
+        "encode",
+        "latents and text embeddings of shards, for training",
+        "Run the frozen VAE and the frozen text encoder once over a dataset, on Ray actors, into sidecar shards that\n"
+        "`data.cache` of a training reads. They are keyed by content: other weights, clips or captions are refused.",
+        "videofm encode configs/debug/encode.yaml\n"
+        "videofm encode configs/debug/encode.yaml engine.num_actors=8 engine.num_gpus=1\n"
+        "videofm train configs/debug/dit_ltx.yaml data.start=first data.cache.path=runs/encode data.cache.mode=latents",
     ),
     "train": _stage_verb(
         "train",
@@ -434,7 +399,7 @@ VERBS = {
     ),
     "sample": Verb(
         "videos from prompts and images",
-        _about(
+        about(
             "Generate videos from captions with a trained run, a checkpoint or an exported folder: MP4 files and a contact\n"
             "sheet. An image can be the first frame; images and clips at other frames stand under `conditions`.",
             "videofm sample runs/quickstart/stages/dit --prompt 'a red circle moving left' --fps 25\n"
@@ -473,7 +438,7 @@ VERBS = {
     ),
     "doctor": Verb(
         "what this machine can do, and what is missing",
-        _about(
+        about(
             "Run each decoder, attention backend and communication library once on something tiny and tell what works. For\n"
             "each missing optional part: what it would give and how to install it. Exit code 1 when a required part does not\n"
             "work.",
@@ -484,7 +449,7 @@ VERBS = {
     ),
     "schema": Verb(
         "the schema of the YAML files, for editors",
-        _about(
+        about(
             "Print the JSON schema of a recipe or of a stage: editors use it for completion and checks.",
             "videofm schema > recipe.schema.json\nvideofm schema train --text",
         ),

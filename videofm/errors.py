@@ -1,6 +1,6 @@
 """The errors a user can cause. Each message carries the value, the rule and the fix.
 
-Programming mistakes are asserts; these four classes are for input that came from outside. `videofm` turns them into one
+Programming mistakes are asserts; these classes are for input that came from outside. `videofm` turns them into one
 line and an exit code (2 for a wrong request, 1 for work that failed), never into a traceback.
 """
 
@@ -19,6 +19,14 @@ class ConfigError(VideofmError):
 
 class DataError(VideofmError):
     """Data that cannot be used: a missing file, a damaged shard, a folder without a usable clip."""
+
+
+class MissingError(DataError):
+    """A file that the data names is not there."""
+
+
+class TransientError(DataError):
+    """A store that did not answer, again and again. What it holds may be fine: no other sample takes its place."""
 
 
 class CheckpointError(VideofmError):

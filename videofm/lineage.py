@@ -1,12 +1,14 @@
 """What a stage reads from outside of its recipe, by content: a part of its fingerprint and of its lineage.
 
-A file is its SHA-256; a dataset its manifest; a training run its newest checkpoint; any other folder the names and sizes of
-its files, which is what a listing can tell without reading everything.
+A file is its SHA-256; a view what it says together with the files that it extends; a dataset its manifest; a training run
+its newest checkpoint; any other folder the names and sizes of its files, which is what a listing can tell without reading
+everything.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +16,30 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from videofm.config.source import read_file
 from videofm.files import sha256_of
 
 _READING = {
-    *("source", "prompts_file", "manifest", "path", "run", "samples", "inflate_from", "init_from", "image_vae"),
+    *("source", "prompts_file", "manifest", "mix", "view", "path", "run", "samples", "inflate_from", "init_from", "image_vae"),
     *("weights", "lpips_weights", "i3d_weights"),
     *("image", "images", "video"),
 }
-"""Names of the fields that hold a path to read, or a list of them."""
+"""Names of the fields that hold a path to read, or a list or mapping of them."""
 
 
 def outside_inputs(config: BaseModel, inside: Path | None = None) -> dict[str, str]:
-    """`field: path` -> digest, for each path that `config` reads, that exists, and that does not lie in the folder `inside`."""
+    """`field: path` -> digest, for each path that `config` reads, that exists, and that does not lie in the folder `inside`.
+
+    Raises:
+        ConfigError: a view, or a file that it extends, cannot be read.
+    """
     found = {}
     root = None if inside is None else inside.resolve()
     for field, value in _paths(config):
         path = Path(value)
         if path.exists() and not (root is not None and path.resolve().is_relative_to(root)):
-            found[f"{field}: {os.path.normpath(value)}"] = digest(path)
+            is_view = field.rpartition(".")[2] == "view"
+            found[f"{field}: {os.path.normpath(value)}"] = _digest_of_view(path) if is_view else digest(path)
     return found
 
 
@@ -49,6 +57,10 @@ def digest(path: Path) -> str:
     return _hash(f"{entry.relative_to(path)} {entry.stat().st_size}" for entry in files)
 
 
+def _digest_of_view(path: Path) -> str:
+    return _hash(iter([json.dumps(read_file(path).values, sort_keys=True)]))
+
+
 def _hash(lines: Iterator[str]) -> str:
     total = hashlib.sha256()
     for line in lines:
@@ -56,22 +68,19 @@ def _hash(lines: Iterator[str]) -> str:
     return total.hexdigest()
 
 
-def _paths(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Every reading field of a section and of the sections in it, with its dotted name."""
+def _paths(value: Any, field: str = "", reading: bool = False) -> Iterator[tuple[str, str]]:
+    """Every reading field of a section and of the sections in it, with its dotted name; `reading`: `value` holds paths."""
+    if isinstance(value, str):
+        if reading:
+            yield field, value
+        return
     if isinstance(value, BaseModel):
-        items = [(name, getattr(value, name)) for name in type(value).model_fields]
+        items = [(name, getattr(value, name), name in _READING) for name in type(value).model_fields]
     elif isinstance(value, dict):
-        items = list(value.items())
+        items = [(str(name), item, reading) for name, item in value.items()]
     elif isinstance(value, list):
-        items = [(str(index), item) for index, item in enumerate(value)]
+        items = [(str(index), item, reading) for index, item in enumerate(value)]
     else:
         return
-    for name, item in items:
-        dotted = f"{field}.{name}" if field else name
-        reading = name in _READING and isinstance(value, BaseModel)
-        if isinstance(item, str) and reading:
-            yield dotted, item
-        elif reading and isinstance(item, list):
-            yield from ((f"{dotted}.{index}", path) for index, path in enumerate(item))
-        else:
-            yield from _paths(item, dotted)
+    for name, item, is_path in items:
+        yield from _paths(item, f"{field}.{name}" if field else name, is_path)

@@ -17,14 +17,18 @@ from pydantic import BaseModel, TypeAdapter
 
 from videofm.config.recipe import ExportConfig, RecipeConfig, StageConfig
 from videofm.config.source import interpolate
-from videofm.errors import ConfigError, DataError, Interrupted
+from videofm.errors import ConfigError, Interrupted
 from videofm.lineage import outside_inputs
 from videofm.progress import LOG, setup_logging
 from videofm.registry import nearest, resolve
 from videofm.run_dir import RunDirectory, code_version, fingerprint, now, write_json
 from videofm.stages.execute import StopSignals, execute, locked
 
-DRY_RUNS = {"train": "videofm.train.build:dry_run", "curate": "data_pipelines.curate:dry_run"}
+DRY_RUNS = {
+    "train": "videofm.train.build:dry_run",
+    "curate": "data_pipelines.curate:dry_run",
+    "encode": "data_pipelines.encode.run:dry_run",
+}
 """Kind -> what builds a stage of it without running it. These need neither weights nor data."""
 
 
@@ -231,7 +235,8 @@ def _absent(stage: PlannedStage, chain: Plan) -> list[str]:
 
 def check_stage(config: Any, absent: list[str] | None = None) -> str:
     """Build what stage `config` would build without its inputs, of which `absent` are not there yet; say what was checked."""
-    if config.kind == "curate" and not absent and not Path(config.source).is_dir():
-        raise DataError(f"the source folder {config.source} does not exist (the current directory is {Path.cwd()})")
-    checked = str(resolve(DRY_RUNS[config.kind])(config)) if config.kind in DRY_RUNS else "schema checked"
+    if config.kind == "curate":  # the one check that can tell whether its source is there; an earlier stage may make it yet
+        checked = str(resolve(DRY_RUNS["curate"])(config, source_exists=not absent))
+    else:
+        checked = str(resolve(DRY_RUNS[config.kind])(config)) if config.kind in DRY_RUNS else "schema checked"
     return f"{checked}\nit reads {_few(absent)}, not finished yet" if absent else checked

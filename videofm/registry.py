@@ -56,14 +56,37 @@ CURATION_STAGES = {
     "probe": "data_pipelines.stages.probe:ProbeStage",
     "dedup": "data_pipelines.stages.dedup:DedupStage",
     "split": "data_pipelines.stages.split:SplitStage",
+    "borders": "data_pipelines.stages.borders:BordersStage",
+    "scores": "data_pipelines.stages.scores:ScoresStage",
     "filter": "data_pipelines.stages.filter:FilterStage",
+    "near_dup": "data_pipelines.stages.near_dup:NearDupStage",
     "caption": "data_pipelines.stages.caption:CaptionStage",
     "transcode": "data_pipelines.stages.transcode:TranscodeStage",
+    "score_model": "data_pipelines.stages.score_model:ScoreModelStage",
+    "caption_model": "data_pipelines.stages.caption_model:CaptionModelStage",
+    "balance": "data_pipelines.stages.balance:BalanceStage",
 }
+
+SCORE_MODELS = {
+    "clip_aesthetic": "data_pipelines.models.clip:ClipHead",
+    "clip_nsfw": "data_pipelines.models.clip:ClipHead",
+    "clip_text_match": "data_pipelines.models.clip:ClipTextMatch",
+    "embedding": "data_pipelines.models.clip:ClipEmbedding",
+    "image_classifier": "data_pipelines.models.classifier:ImageClassifier",
+    "ocr_text": "data_pipelines.models.text_area:TextArea",
+}
+
+ENCODERS = {
+    "latents": "videofm.train.encoders:LatentEncoder",
+    "text": "videofm.train.encoders:TextEncoder",
+}
+
+ENCODER_POOLS = {"online": "data_pipelines.encode.online:OnlineEncoders"}
 
 STAGES = {
     "demo_data": "data_pipelines.demo:run",
-    "curate": "data_pipelines.curate:run",
+    "curate": "videofm.stages.curate:run",
+    "encode": "data_pipelines.encode.run:run",
     "train": "videofm.stages.train:run",
     "sample": "videofm.stages.sample:run",
     "evaluate": "videofm.stages.evaluate:run",

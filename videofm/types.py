@@ -14,7 +14,7 @@ Letters, in shapes and in names: `B` batch, `C` channels, `T` frames, `H` height
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class Conditioning:
     clip_embeddings: Tensor | None = None
     longest: int | None = None
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """The texts with the numbers `index` `(B',)`."""
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """The texts with the numbers `index` `(B',)`, or a slice of them."""
         clip = None if self.clip_embeddings is None else self.clip_embeddings[index]
         return Conditioning(self.embeddings[index], self.mask[index], clip, self.longest)
 
@@ -90,11 +90,20 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of clips of one bucket.
+    """One micro-batch of clips of one bucket, or a pack of clips of several.
 
     `video` is `(B, 3, T, H, W)` in [-1, 1], `fps` is `(B,)` frames a second. `sample_ids` key every random draw that
     concerns a sample, so that a run does not depend on which rank reads it. `step` is the optimizer step, and
     `num_step_samples` the number of samples of that step over all ranks and micro-batches (the loss divides by it).
+
+    What was encoded before (`videofm encode`, or by a pool beside the training), float32, else None: `latents`
+    `(B, C, T, H, W)`, raw, are the means of posteriors with `logvar` of the same shape, or samples of them where `logvar` is
+    None; then no pixels are read, and `video` is empty, `(B, 3, 0, 0, 0)`. `text` is `(B + 1, L, D)`: the embeddings of the
+    captions and, last, of the empty caption, whose first `text_lengths[i]` tokens are real; `clip_text` `(B + 1, M, E)` are
+    those of a second encoder where there is one.
+
+    A pack (`data.packing.pack`) has `parts`, each the clips of one size as a batch of their own. The pack itself then holds
+    `captions`, `fps` and `sample_ids` of all of them, in their order, and no pixels or encodings.
     """
 
     video: Tensor
@@ -103,11 +112,24 @@ class Batch:
     sample_ids: list[str]
     step: int
     num_step_samples: int
+    latents: Tensor | None = None
+    logvar: Tensor | None = None
+    text: Tensor | None = None
+    text_lengths: list[int] | None = None
+    clip_text: Tensor | None = None
+    parts: tuple[Batch, ...] = ()
 
     def to(self, device: Any) -> Batch:
         """This batch with its tensors on `device`."""
-        video, fps = self.video.to(device, non_blocking=True), self.fps.to(device, non_blocking=True)
-        return Batch(video, self.captions, fps, self.sample_ids, self.step, self.num_step_samples)
+        names = ("video", "fps", "latents", "logvar", "text", "clip_text")
+        held = {name: value for name in names if (value := getattr(self, name)) is not None}
+        moved = {name: value.to(device, non_blocking=True) for name, value in held.items()}
+        return replace(self, **moved, parts=tuple(part.to(device) for part in self.parts))
+
+    @property
+    def posterior(self) -> Posterior | None:
+        """What `latents` and `logvar` say, or None where pixels have to be encoded or `latents` are samples already."""
+        return None if self.latents is None or self.logvar is None else Posterior(self.latents, self.logvar)
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,10 @@ class SampleRng(Protocol):
 
     def generator(self, name: str) -> Generator:
         """A CPU generator for draws that the samples of the micro-batch share; keyed by its first sample."""
+        ...
+
+    def rows(self, first: int, end: int) -> SampleRng:
+        """The draws of the samples from number `first` to before `end` alone."""
         ...
 
 

@@ -1,29 +1,29 @@
-"""Filter: drop clips that hardly move, or are too dark or too bright. The scores of kept clips are stored."""
+"""Filter: drop clips whose scores break a rule."""
 
 from __future__ import annotations
 
 from data_pipelines.rows import Rejected, Row
 from data_pipelines.workspace import Workspace
 from videofm.config.curation_stages import FilterConfig
+from videofm.errors import DataError
 
 
 class FilterStage:
-    """See `FilterConfig`. Scores `motion` and `brightness`, both in [0, 1]."""
+    """See `FilterConfig`."""
 
-    name, requires, barrier = "filter", (), False
+    name, requires, placement = "filter", (), "child"
 
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
 
     def process(self, row: Row, work: Workspace) -> list[Row]:
-        scan, limits = work.scan(), self.config
-        brightness = float(scan.brightness[row.start : row.stop].mean())
-        changes = scan.motion[row.start : row.stop][1:]  # the first change is the cut itself
-        motion = float(changes.mean()) if len(changes) else 0.0
-        if brightness < limits.min_brightness:
-            raise Rejected("too_dark", f"brightness {brightness:.4f}, at least {limits.min_brightness}")
-        if brightness > limits.max_brightness:
-            raise Rejected("too_bright", f"brightness {brightness:.4f}, at most {limits.max_brightness}")
-        if motion < limits.min_motion:
-            raise Rejected("static", f"motion {motion:.5f}, at least {limits.min_motion}")
-        return [row.with_(scores={**row.scores, "motion": round(motion, 6), "brightness": round(brightness, 6)})]
+        for rule in self.config.rules:
+            value = row.scores.get(rule.score)
+            if value is None or value != value:
+                there = ", ".join(sorted(row.scores)) or "none"
+                raise DataError(f"{row.name} has no score {rule.score!r}, on which the filter has a rule. It has: {there}")
+            if rule.min is not None and value < rule.min:
+                raise Rejected(rule.reason, f"{rule.score} {value:.5g}, at least {rule.min:g}")
+            if rule.max is not None and value > rule.max:
+                raise Rejected(rule.reason, f"{rule.score} {value:.5g}, at most {rule.max:g}")
+        return [row]

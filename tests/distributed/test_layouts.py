@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.helpers import run_distributed
 from videofm.config.train import TrainConfig
+from videofm.data.packing import pack
 from videofm.types import Batch
 
 LAYOUTS = {
@@ -39,17 +40,21 @@ DIT = {
         "train_text_encoder": True,
     },
 }
+PACKED = {**DIT["objective"], "conditioning": {"first_frame": 1.0}}
 LTX = {"name": "dit/ltx", "overrides": {"num_layers": 2}}
 STEP_VIDEO = {"name": "dit/step_video", "overrides": {"num_layers": 2, "clip_channels": 0}}
 CASES: dict[str, dict[str, Any]] = {
     "ltx": {**DIT, "models": {**DIT["models"], "dit": LTX}},
     "step_video": {**DIT, "models": {**DIT["models"], "dit": STEP_VIDEO}},
+    "packed_ltx": {"objective": PACKED, "models": {**DIT["models"], "dit": LTX}},
+    "packed_step_video": {"objective": PACKED, "models": {**DIT["models"], "dit": STEP_VIDEO}},
     "vae": {
         "models": {"vae": {"name": "vae/ltx"}, "discriminator": {"name": "discriminator/patchgan_3d", "size": "tiny"}},
         "objective": {"kind": "autoencoder", "gan": {"weight": 0.1, "adaptive": True}, "num_statistics_clips": 2},
     },
 }
-"""Name -> sections of a config: two transformers with a text encoder that is trained, and a VAE against a discriminator."""
+"""Name -> sections of a config: two transformers with a text encoder that is trained, each also with packs of clips of two
+sizes in the place of micro-batches, and a VAE against a discriminator."""
 
 
 def config_of(case: str, degrees: tuple[int, int, int], stage: int, grad_clip: float, strategy: str) -> TrainConfig:
@@ -72,10 +77,18 @@ def config_of(case: str, degrees: tuple[int, int, int], stage: int, grad_clip: f
     )  # fmt: skip
 
 
-def batches(data_rank: int, data_degree: int) -> list[Batch]:
-    """The micro-batches of one data rank; two of two samples in all."""
+def batches(case: str, data_rank: int, data_degree: int) -> list[Batch]:
+    """The micro-batches of one data rank; two of two samples in all. Packs have a video and an image of another size, 45
+    and 8 tokens: of four context ranks the last has some of both."""
     generator, half = torch.Generator().manual_seed(1), SAMPLES // 2
     video = torch.rand(SAMPLES, 3, FRAMES, HEIGHT, WIDTH, generator=generator) * 2 - 1
+    if case.startswith("packed"):
+        sizes = (video, video[:, :, :1, :32, :16])
+        texts, rate = [["a red circle"], ["moving"]], torch.full((1,), 8.0)
+        return [
+            pack([Batch(sizes[j][[i * half + j]], texts[j], rate, [f"{i}-{j}"], 0, SAMPLES) for j in range(2)])
+            for i in range(data_rank, 2, data_degree)
+        ]
     return [
         Batch(video[i * half :][:half], ["a red circle", "moving"], torch.full((half,), 8.0), [f"{i}-0", f"{i}-1"], 0, SAMPLES)
         for i in range(data_rank, 2, data_degree)
@@ -121,7 +134,7 @@ def one_step(key: Key, mesh: Any) -> dict[str, Any]:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     before = {(role, name): value.clone() for role, model in models.items() for name, value in model.named_parameters()}
     job = build_job(config, None, mesh, None, models)  # type: ignore[arg-type]
-    metrics = train_step(job, Step(batches(mesh.data_rank, mesh.data_degree), SAMPLES, PlanState(step=1)))
+    metrics = train_step(job, Step(batches(key[0], mesh.data_rank, mesh.data_degree), SAMPLES, PlanState(step=1)))
     updates: dict[str, Tensor] = {}
     for role in job.trained_roles:
         for name, value in whole_weights(job, role).items():
@@ -161,6 +174,9 @@ def keys(world_size: int) -> list[Key]:
             if case == "vae" and degrees[2] > 1:
                 continue  # nothing of a VAE is split over tensor ranks
             stages = [stage for stage in STAGES if not (case == "vae" and stage == 3)]  # its phases share models
+            if case.startswith("packed"):
+                # What packs add is in the attention: each strategy once.
+                stages = {2: [1], 4: [1, 2, 3] if case == "packed_ltx" and degrees[1] == 4 else []}[world_size]
             for stage in stages:
                 strategy = strategies[stage % len(strategies)] if case != "vae" else "auto"
                 found.append((case, degrees, stage, (0.0, 0.05)[(stage + number) % 2], strategy))

@@ -17,6 +17,7 @@ import torch
 from tests.helpers import launch_ranks, run_distributed
 from videofm.config.train import ParallelConfig
 from videofm.data.loader import Step
+from videofm.data.packing import pack
 from videofm.data.plan import PlanState
 from videofm.errors import DataError, ParallelError
 from videofm.types import Batch
@@ -26,11 +27,15 @@ TIMEOUT = 20.0
 
 
 def micro_batch(data_rank: int, step: int, index: int) -> Batch:
-    """Of a size that depends on the step, with captions that need more than ASCII."""
+    """Of a size that depends on the step, with captions that need more than ASCII; the second of a step is a pack."""
     generator = torch.Generator().manual_seed(100 * data_rank + 10 * step + index)
     video = torch.randn(2, 3, 1 + 4 * step, 4, 4, generator=generator)
     name = f"{data_rank}-{step}-{index}"
-    return Batch(video, [f"a größe {name}", ""], torch.tensor([24.0, 25.0]), [name, name + "b"], step, 8)
+    batch = Batch(video, [f"a größe {name}", ""], torch.tensor([24.0, 25.0]), [name, name + "b"], step, 8)
+    if index == 0:
+        return batch
+    small = Batch(video[:1, :, :1, :2].clone(), ["ü"], torch.tensor([8.0]), [name + "c"], step, 8, latents=video[1:])
+    return pack([batch, small])
 
 
 class Plan:
@@ -38,7 +43,9 @@ class Plan:
 
     def steps(self, state: PlanState) -> Any:
         for step in range(state.step, 10):
-            yield type("Planned", (), {"share": lambda *_: [0, 1], "num_samples": 8, "after": PlanState(step=step + 1)})()
+            yield type(
+                "Planned", (), {"share": lambda *_: [0, 1], "num_samples": 8, "after": PlanState(step=step + 1), "fill": 0.75}
+            )()
 
 
 class Loader:
@@ -54,11 +61,16 @@ class Loader:
             if step == 2 and self.data_rank == 0:
                 raise DataError("clip 7 of shard 3: not a video")
             self.num_read += 2
-            yield Step([micro_batch(self.data_rank, step, index) for index in range(2)], 8, PlanState(step=step + 1))
+            yield Step([micro_batch(self.data_rank, step, index) for index in range(2)], 8, PlanState(step=step + 1), fill=0.75)
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
     tensors = torch.equal(ours.video, theirs.video) and torch.equal(ours.fps, theirs.fps)
+    if (ours.latents is None) != (theirs.latents is None) or len(ours.parts) != len(theirs.parts):
+        return False
+    if ours.latents is not None and theirs.latents is not None:
+        tensors = tensors and torch.equal(ours.latents, theirs.latents)
+    tensors = tensors and all(map(same, ours.parts, theirs.parts))
     rest = [(batch.captions, batch.sample_ids, batch.step, batch.num_step_samples) for batch in (ours, theirs)]
     return tensors and rest[0] == rest[1]
 
@@ -83,7 +95,7 @@ def sharing(mesh: Any) -> dict[str, Any]:
         for step in range(2)
         for index, batch in enumerate(got[step].batches)
     )
-    positions = [(step.num_samples, step.after.step) for step in got]
+    positions = [(step.num_samples, step.after.step, step.fill) for step in got]
     failure = raised(DataError, next, steps) if mesh.data_rank == 0 else ""
     return {"right": right, "positions": positions, "num_read": loader.num_read, "failure": failure}
 
@@ -99,10 +111,21 @@ def comparing(mesh: Any) -> dict[str, str]:
 
     def say(turn: int, changed: bool) -> str:
         if changed and last:
-            batches[1].video[0, 0, 0, 0, 0] += 1e-6
+            batches[1].parts[1].video[0, 0, 0, 0, 0] += 1e-6
         return raised(ParallelError, compare_holdings, 7, turn, batches, weights, mesh)
 
     return {"equal": say(0, False), "weight": say(1, False), "video": say(0, True)}
+
+
+def ordering(mesh: Any) -> dict[str, str]:
+    """What ranks say of one order, of two ranks that read another manifest, and of one that has a field more."""
+    from videofm.train.share import compare_orders
+
+    one: dict[str, Any] = {"seed": 0, "mix": {"web": {"manifest": "a", "view": None}}, "split": "train"}
+    other = {**one, "mix": {"web": {"manifest": "b", "view": "v"}}}
+    longer = {**one, "view": "v"}
+    cases = {"equal": one, "manifest": other if mesh.rank in (1, 3) else one, "list": longer if mesh.rank == 2 else one}
+    return {name: raised(ParallelError, compare_orders, identity, mesh) for name, identity in cases.items()}
 
 
 def work(rank: int, world_size: int) -> dict[Any, dict[str, Any]]:
@@ -116,6 +139,7 @@ def work(rank: int, world_size: int) -> dict[Any, dict[str, Any]]:
         found["any"] = [mesh.any_rank(rank == 3), mesh.any_rank(False)]
         mesh.barrier()
         found |= {"leader": mesh.is_leader, "data": mesh.data_rank, "sharing": sharing(mesh), "comparing": comparing(mesh)}
+        found["ordering"] = ordering(mesh)
         results[degrees] = found
         parallel_state.destroy_model_parallel()
     return results
@@ -142,7 +166,7 @@ def test_sums_go_over_samples_and_questions_to_all(results: Any) -> None:
 def test_one_rank_reads_for_all_that_share_samples(results: Any) -> None:
     for case, degrees, found in every(results):
         shared = found["sharing"]
-        assert shared["right"] and shared["positions"] == [(8, 1), (8, 2)], case
+        assert shared["right"] and shared["positions"] == [(8, 1, 0.75), (8, 2, 0.75)], case
         assert shared["num_read"] == (4 if found["leader"] else 0), case
         if found["data"] == 0:
             told = "clip 7 of shard 3: not a video" + ("" if found["leader"] else " (read by rank 0)")
@@ -158,13 +182,26 @@ def test_what_differs_is_named(results: Any) -> None:
         groups = {(2, 2, 1): [[0, 1], [2, 3]], (2, 1, 2): [[0, 1], [2, 3]], (4, 1, 1): [[0], [1], [2], [3]]}
         sample = next(group for group in groups.get(degrees, [[0, 1, 2, 3]]) if rank in group)
         if 3 in sample and len(sample) > 1:
-            told = f"after step 7 rank 3 and rank {sample[0]} differ in video of micro-batch 1, which ranks that share samples"
+            told = (
+                f"after step 7 rank 3 and rank {sample[0]} differ in video of part 1 of micro-batch 1, which ranks that share"
+            )
             assert said["video"].startswith(told), case
         else:
             assert said["video"] == "", case
         contexts = {(2, 2, 1): [2, 3], (1, 2, 2): [1, 3], (1, 4, 1): [0, 1, 2, 3]}.get(degrees, [])
         told = f"after step 7 rank 3 and rank {contexts[0]} differ in weight model.13," if rank in contexts else ""
         assert said["weight"].startswith(told) and bool(said["weight"]) == bool(told), case
+
+
+def test_ranks_that_would_read_other_orders_are_told_so(results: Any) -> None:
+    """Every rank hears which fields differ, and on which ranks."""
+    for case, _, found in every(results):
+        said = found["ordering"]
+        assert said["equal"] == "", case
+        fields = [f"mix.web.{name} (that of rank 0 is not that of ranks 1, 3)" for name in ("manifest", "view")]
+        told = f"ranks read other orders of samples: they differ in {'; '.join(fields)}. Give every node"
+        assert said["manifest"].startswith(told), case
+        assert "the list of fields (that of rank 0 is not that of rank 2). Give every node the same" in said["list"], case
 
 
 def die_inside(folder: Path) -> None:

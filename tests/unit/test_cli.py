@@ -70,6 +70,12 @@ def _environment() -> dict[str, str]:
         (["report", "curate.yaml"], 2, "source = 'nowhere'"),
         (["report", "."], 1, "is no run directory"),
         (["schema", "recip"], 2, "did you mean 'recipe'"),
+        (["data"], 2, "`videofm data` needs a part: stats, view, index, verify, gc, buckets"),
+        (["data", "stast", "x"], 2, "`videofm data` has no part 'stast', did you mean 'stats'"),
+        (["data", "stats"], 2, "required"),
+        (["data", "stats", "nowhere"], 1, "the folder of shards nowhere does not exist"),
+        (["data", "view", "nowhere.yaml", "."], 2, "nowhere.yaml"),
+        (["data", "buckets", "recipe.yaml", "--stage", "curate"], 2, "is of kind 'curate'"),
     ],
 )
 def test_exit_code_and_message(folder: Path, arguments: list[str], code: int, match: str) -> None:
@@ -93,6 +99,16 @@ def test_help_is_worth_reading(verb: str, capsys: pytest.CaptureFixture[str]) ->
     assert "exit codes:" in text
     if VERBS[verb].schema:
         assert f"fields of a {VERBS[verb].schema} config:" in text
+
+
+@pytest.mark.parametrize("part", list(VERBS["data"].parts))
+def test_help_of_the_parts_of_data(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["data", part, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and f"usage: videofm data {part}" in text
+    assert "examples:" in text and "exit codes:" in text
+    assert ("fields of a view config:" in text) == (part == "view")
 
 
 def test_an_unexpected_fault_is_one_line(
@@ -181,3 +197,5 @@ def test_configs_that_are_named_exist() -> None:
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "train"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "videofm train"
+    assert main(["schema", "view"]) == 0
+    assert "rules" in json.loads(capsys.readouterr().out)["properties"]

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from tests.unit.sources import files
 from videofm.config.base import Section
-from videofm.config.recipe import RecipeConfig
+from videofm.config.describe import schemas
 
 
 def sections(annotation: Any) -> Iterator[type[Section]]:
@@ -22,6 +22,12 @@ def sections(annotation: Any) -> Iterator[type[Section]]:
             yield from sections(field.annotation)
     for part in typing.get_args(annotation):
         yield from sections(part)
+
+
+def reachable() -> Iterator[type[Section]]:
+    """Every section that a YAML file can hold."""
+    for schema in schemas().values():
+        yield from sections(schema)
 
 
 def mentions() -> set[str]:
@@ -42,7 +48,7 @@ def mentions() -> set[str]:
 
 def test_every_field_is_read_somewhere() -> None:
     read = mentions()
-    known = {section.__name__: section for section in sections(RecipeConfig)}
+    known = {section.__name__: section for section in reachable()}
     unread = [
         f"{name}.{field}" for name, section in sorted(known.items()) for field in section.model_fields if field not in read
     ]
@@ -50,13 +56,13 @@ def test_every_field_is_read_somewhere() -> None:
 
 
 def test_every_section_is_reached() -> None:
-    """The walk above misses none: every subclass of Section can stand in a recipe."""
+    """The walk above misses none: every subclass of Section can stand in a file."""
 
     def below(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
         for child in section.__subclasses__():
             yield child
             yield from below(child)
 
-    reached = set(sections(RecipeConfig))
+    reached = set(reachable())
     ours = {section for section in below(Section) if section.__module__.startswith("videofm.")}
     assert ours == reached

@@ -3,6 +3,7 @@
 import pytest
 
 from videofm.config import CurateConfig, SampleConfig, TrainConfig
+from videofm.config.data import DataConfig
 from videofm.errors import ConfigError
 from videofm.lineage import digest, outside_inputs
 from videofm.run_dir import RunDirectory, fingerprint
@@ -77,3 +78,42 @@ def test_prompts_and_checkpoints_count_by_content(tmp_path):
     assert outside_inputs(config) == before
     prompts.write_text("a dog\n")
     assert [key for key, value in outside_inputs(config).items() if value != before[key]] == [f"prompts_file: {prompts}"]
+
+
+def test_an_edited_view_is_another_input(tmp_path):
+    """So are the files that it extends, and the views of datasets in a mix; a comment says nothing."""
+    base, view = tmp_path / "base.yaml", tmp_path / "view.yaml"
+    base.write_text("rules: {long: {field: num_frames, min: 9}}")
+    view.write_text("extends: base.yaml\nrules: {fast: {score: motion, min: 0.5}}")
+    mix = [{"name": "a", "manifest": "m", "weight": 1, "view": str(view)}]
+    for config, field in (
+        (train(data={"view": str(view)}), "data.view"),
+        (train(data={"manifest": None, "mix": mix}), "data.mix.0.view"),
+    ):
+        before = outside_inputs(config)
+        assert list(before) == [f"{field}: {view}"]
+        for path in (view, base):
+            text = path.read_text()
+            path.write_text(text + "  # kept for its motion\n")
+            assert outside_inputs(config) == before
+            path.write_text(text.replace("min: ", "min: 1"))
+            assert outside_inputs(config) != before
+            path.write_text(text)
+        assert outside_inputs(config) == before
+    base.unlink()
+    with pytest.raises(ConfigError, match=r"no such file.*\s+\(extended by .*view\.yaml:1\)"):
+        outside_inputs(config)
+
+
+def test_every_cache_of_a_mix_is_an_input(tmp_path):
+    entry = tmp_path / "cache/manifest/shard-00000.latents.json"
+    entry.parent.mkdir(parents=True)
+    entry.write_text("{}")
+    mix = [{"name": "a", "manifest": "m", "weight": 1}]
+    cache = {"mix": {"a": str(tmp_path / "cache")}}
+    values = {**TRAIN["data"], "manifest": None, "mix": mix, "start": "first", "cache": cache}
+    config = DataConfig.model_validate(values)
+    before = outside_inputs(config)
+    assert list(before) == [f"cache.mix.a: {tmp_path / 'cache'}"]
+    entry.write_text("{ }")
+    assert outside_inputs(config) != before

@@ -193,11 +193,13 @@ def test_a_name_of_a_stage_stays_inside_the_run(tmp_path: Path) -> None:
         plan(a_recipe(tmp_path, stages={"../x": {"kind": "demo_data"}}))
 
 
-def test_dry_run_runs_nothing_and_says_what_it_could_not_check(tmp_path: Path) -> None:
+def test_dry_run_runs_nothing_and_says_what_it_could_not_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.curate.config_hash", lambda config: "0123456789abcdef")
     size = {"height": 32, "width": 32, "fps": 25.0}
     stages = [{"kind": "probe"}, {"kind": "transcode", **size}]
     text = dry_run(a_recipe(tmp_path, stages={"curate": {"kind": "curate", "source": "${stage.demo}", "stages": stages}}))
-    assert "curate: probe -> transcode, groups of 32 sources\n    it reads demo, not finished yet" in text
+    told = "curate: probe+transcode, groups of 32 sources, config hash 0123456789ab\n    it reads demo, not finished yet"
+    assert told in text
     assert CALLS == []
     assert not (tmp_path / "run").exists()
 

@@ -103,5 +103,16 @@ class BucketsConfig(Section):
         return self
 
 
+class PackingConfig(Section):
+    """Packs in place of micro-batches of one size: clips of any sizes of `data.buckets` go through the model as one sequence,
+    in which each sees itself and its own text alone. A step then has `data.num_micro_batches` packs, each about full."""
+
+    num_tokens: int = Field(
+        ge=1,
+        description="Most tokens of a pack, counted by data.buckets.token. data.micro_batch_size is how many clips of the main "
+        "size it holds.",
+    )
+
+
 def _multiple(pixels: int, of: int) -> int:
     return max(of, round(pixels / of) * of)

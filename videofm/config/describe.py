@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from videofm.config.load import members
 from videofm.config.recipe import RecipeConfig, StageConfig
+from videofm.config.view import ViewConfig
 from videofm.errors import ConfigError
 from videofm.registry import nearest
 
@@ -20,8 +21,8 @@ WIDTH = 110
 
 
 def schemas() -> dict[str, type[BaseModel]]:
-    """What a YAML file can be: `recipe`, or the `kind` of a single stage."""
-    return {"recipe": RecipeConfig, **members(StageConfig)}
+    """What a YAML file can be: `recipe`, the `kind` of a single stage, or a `view` of a dataset."""
+    return {"recipe": RecipeConfig, **members(StageConfig), "view": ViewConfig}
 
 
 def schema_of(name: str) -> type[BaseModel]:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from videofm.config.base import Section, execution
 from videofm.config.curate import CurateConfig, DemoDataConfig
+from videofm.config.encode import EncodeConfig
 from videofm.config.sample import SampleConfig
 from videofm.config.train import TrainConfig
 
@@ -194,7 +195,7 @@ class ReportConfig(Section):
 
 
 StageConfig = Annotated[
-    DemoDataConfig | CurateConfig | TrainConfig | SampleConfig | EvaluateConfig | ExportConfig | ReportConfig,
+    DemoDataConfig | CurateConfig | EncodeConfig | TrainConfig | SampleConfig | EvaluateConfig | ExportConfig | ReportConfig,
     Field(discriminator="kind"),
 ]
 

@@ -244,6 +244,45 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _frozen_encoders(self) -> TrainConfig:
+        where = next((name for name in ("cache", "online") if getattr(self.data, name) is not None), None)
+        if where is None:
+            return self
+        if not isinstance(self.objective, FlowMatchingConfig):
+            raise ValueError(
+                f"data.{where}: objective {self.objective.kind} needs pixels, and only flow_matching trains on latents; leave "
+                "it out"
+            )
+        has_text = self.data.cache is None or "text" in self.data.cache.kinds
+        if self.objective.train_text_encoder and has_text:
+            raise ValueError(
+                f"data.{where} holds the text of a frozen encoder, and objective.train_text_encoder moves its weights in each "
+                f"step; set one of them to false or null{', or data.cache.mode to latents' if where == 'cache' else ''}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_pack(self) -> TrainConfig:
+        if self.data.packing is None:
+            return self
+        if not isinstance(self.objective, FlowMatchingConfig):
+            raise ValueError(
+                f"data.packing: objective {self.objective.kind} takes videos of one size; only flow_matching trains on the "
+                "tokens of several. Leave it out, and data.buckets mixes sizes from step to step"
+            )
+        if self.objective.token_dropping is not None:
+            raise ValueError(
+                "data.packing and objective.token_dropping are two answers to clips of several sizes: packs keep all tokens, "
+                "dropping cuts clips to one count. Take one of them"
+            )
+        if self.trainer.compile:
+            raise ValueError(
+                "data.packing with trainer.compile: packs have other documents in each step, and blocks would be compiled anew "
+                "for each of them. Set trainer.compile to false, or leave data.packing out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _data_degree_divides(self) -> TrainConfig:
         groups, degree = self.data.num_micro_batches, self.parallel.data_degree
         if groups % degree:

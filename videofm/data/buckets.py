@@ -1,6 +1,8 @@
 """Buckets: the size that each clip is brought to, how many clips of a size make a micro-batch, and how micro-batches of equal
 cost are grouped into steps (spec step-video-arlon-dpo.md A7, data-pipelines.md 2.3).
 
+With `data.packing` a micro-batch is a pack: clips of any buckets, first-fit in their order, up to a number of tokens.
+
 All of it is exact arithmetic on the configuration and the clips' facts: no rank, no clock, no state. What a group of clips
 leaves over is told, so that the order of samples can carry it.
 """
@@ -16,11 +18,14 @@ from fractions import Fraction
 
 from videofm.config.buckets import BucketsConfig, BucketSizeConfig
 from videofm.config.data import DataConfig
-from videofm.data.index import ClipRecord
+from videofm.data.draws import Clip, Shape
 from videofm.errors import ConfigError
 
-Clip = tuple[str, int]
-"""Key of a clip and the epoch in which it is drawn."""
+_MAX_PLACES = 100_000
+"""Shapes whose place is remembered."""
+
+_OPEN_PACKS = 8
+"""Packs that are being filled at a time: more fill a little better, and more clips wait where a window ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +72,35 @@ class BucketBatch:
         """Modelled cost."""
         return len(self.clips) * self.bucket.cost
 
+    @property
+    def pairs(self) -> list[tuple[Bucket, Clip]]:
+        """Each clip with its bucket."""
+        return [(self.bucket, clip) for clip in self.clips]
+
+
+@dataclass
+class Pack:
+    """A micro-batch of clips of any buckets, of `num_tokens` tokens together."""
+
+    pairs: list[tuple[Bucket, Clip]]
+    num_tokens: int = 0
+
+    def add(self, bucket: Bucket, clip: Clip) -> None:
+        """One clip more."""
+        self.pairs.append((bucket, clip))
+        self.num_tokens += bucket.num_tokens
+
+    @property
+    def cost(self) -> Fraction:
+        """What it costs in tokens."""
+        return Fraction(self.num_tokens)
+
 
 @dataclass(frozen=True)
 class Packed:
     """The steps that a sequence of clips fills, each a list of micro-batches, and the clips that fill none, in order."""
 
-    steps: list[list[BucketBatch]]
+    steps: Sequence[Sequence[BucketBatch | Pack]]
     rest: list[Clip]
 
 
@@ -82,7 +110,8 @@ class Buckets:
     def __init__(self, config: DataConfig) -> None:
         """
         Raises:
-            ConfigError: the budget holds no clip of a size, or another number of the main size than `micro_batch_size`.
+            ConfigError: the budget, or a pack, holds no clip of a size, or another number of the main size than
+                `micro_batch_size`.
         """
         assert config.buckets is not None
         self.config, self.section = config, config.buckets
@@ -91,6 +120,9 @@ class Buckets:
         self.budget = config.micro_batch_size * costs[main]
         if self.section.budget is not None:
             self.budget = Fraction(str(self.section.budget))
+        if config.packing is not None:
+            self.budget = Fraction(config.packing.num_tokens)
+            _check_packs(config.micro_batch_size, config.packing.num_tokens, costs, main)
         if too_dear := [f"{size} (a clip costs {float(cost):g})" for size, cost in costs.items() if cost > self.budget]:
             raise ConfigError(
                 f"data.buckets: the budget {float(self.budget):g} of a micro-batch holds no clip of {', '.join(too_dear)}; "
@@ -109,12 +141,13 @@ class Buckets:
             ],
             1 + Fraction(str(self.section.tolerance)),
         )
-        self._places: dict[tuple[int, int, int], Placement | str] = {}
+        self._places: dict[Shape, Placement | str] = {}
 
-    def place(self, record: ClipRecord) -> Placement | str:
-        """Where a clip falls, or why it falls nowhere."""
-        facts = record.num_frames, record.height, record.width
+    def place(self, facts: Shape) -> Placement | str:
+        """Where clips of a shape fall, or why they fall nowhere."""
         if facts not in self._places:
+            if len(self._places) >= _MAX_PLACES:
+                self._places.clear()
             bucket = self._nearest(self.all, *facts)
             if isinstance(bucket, Bucket) and bucket.num_frames > 1 and self.section.image_share:
                 image = self._nearest([bucket for bucket in self.all if bucket.num_frames == 1], *facts)
@@ -123,22 +156,30 @@ class Buckets:
                 self._places[facts] = bucket if isinstance(bucket, str) else Placement(bucket, None)
         return self._places[facts]
 
-    def pack(self, clips: Sequence[Clip], bucket_of: Callable[[str, int], Bucket]) -> Packed:
+    def pack(self, clips: Sequence[Clip], bucket_of: Callable[[Clip], Bucket]) -> Packed:
         """Fill micro-batches, and steps of `num_micro_batches` of them, with clips in their order.
 
         With `image_padding` a step may be followed by as many micro-batches of images. However many ranks share a step out,
         each gets micro-batches of the same cost, to `tolerance`.
         """
-        sorted_out = [(bucket_of(*clip), clip) for clip in clips]
+        # A window may have 250,000 clips: what is made for each of them does not live longer than it must.
+        sorted_out = ((bucket_of(clip), clip) for clip in clips)
+        steps: Sequence[Sequence[BucketBatch | Pack]]
+        if self.config.packing is not None:
+            packing = _Packing(self.config, min(bucket.num_tokens for bucket in self.all))
+            steps = list(packing.take(sorted_out))
+            left = packing.left()
+            return Packed(steps, [clip for clip in clips if clip in left])
         filling = _Filling(self.config.num_micro_batches)
         if not self.section.image_padding:
             steps = list(filling.take(sorted_out))
         else:
-            videos = list(filling.take(pair for pair in sorted_out if pair[0].num_frames > 1))
-            steps, images = self._pad(videos, [pair for pair in sorted_out if pair[0].num_frames == 1])
-            steps += filling.take(images)
-        used = {clip for step in steps for batch in step for clip in batch.clips}
-        return Packed(steps, [clip for clip in clips if clip not in used])
+            pairs = list(sorted_out)
+            videos = list(filling.take(pair for pair in pairs if pair[0].num_frames > 1))
+            padded, images = self._pad(videos, [pair for pair in pairs if pair[0].num_frames == 1])
+            steps = [*padded, *filling.take(images)]
+        left = filling.left()
+        return Packed(steps, [clip for clip in clips if clip in left])
 
     def _nearest(self, buckets: Sequence[Bucket], num_frames: int, height: int, width: int) -> Bucket | str:
         """The bucket of a stored clip among `buckets`, or the first rule that leaves none of them."""
@@ -212,9 +253,76 @@ class _Filling:
             if len(step) == self.num_micro_batches:
                 yield self._steps.pop(bucket.cost_class)
 
+    def left(self) -> set[Clip]:
+        """The clips that wait in micro-batches and steps that are not full."""
+        waiting = [*self._batches.values(), *(batch for step in self._steps.values() for batch in step)]
+        return {clip for batch in waiting for clip in batch.clips}
+
+
+class _Packing:
+    """Packs that fill up, and steps that fill up with them.
+
+    A clip goes into the first open pack that has room. A pack is closed when no clip of any size fits any more, or as the
+    oldest of `_OPEN_PACKS` when one more is opened, so that none waits for long.
+    """
+
+    def __init__(self, config: DataConfig, smallest: int) -> None:
+        assert config.packing is not None
+        self.num_tokens, self.num_packs, self.smallest = config.packing.num_tokens, config.num_micro_batches, smallest
+        self._open: list[Pack] = []
+        self._step: list[Pack] = []
+
+    def take(self, clips: Iterable[tuple[Bucket, Clip]]) -> Iterable[list[Pack]]:
+        """The steps that become full."""
+        for bucket, clip in clips:
+            room = self.num_tokens - bucket.num_tokens
+            pack = next((pack for pack in self._open if pack.num_tokens <= room), None)
+            if pack is None:
+                pack = Pack([])
+                self._open.append(pack)
+            pack.add(bucket, clip)
+            if pack.num_tokens > self.num_tokens - self.smallest:
+                yield from self._close(pack)
+            elif len(self._open) > _OPEN_PACKS:
+                yield from self._close(self._open[0])
+
+    def left(self) -> set[Clip]:
+        """The clips that wait in packs and steps that are not full."""
+        return {clip for pack in (*self._step, *self._open) for _, clip in pack.pairs}
+
+    def _close(self, pack: Pack) -> Iterable[list[Pack]]:
+        self._open = [other for other in self._open if other is not pack]
+        self._step.append(pack)
+        if len(self._step) == self.num_packs:
+            yield self._step
+            self._step = []
+
+
+def fill_of(step: Sequence[BucketBatch | Pack], config: DataConfig) -> float | None:
+    """The share of the tokens of a step's packs that is used; None without packs."""
+    if config.packing is None:
+        return None
+    return sum(batch.num_tokens for batch in step if isinstance(batch, Pack)) / (len(step) * config.packing.num_tokens)
+
+
+def _check_packs(micro_batch_size: int, limit: int, costs: dict[BucketSizeConfig, Fraction], main: BucketSizeConfig) -> None:
+    """Refuse packs that are too small for a size, or that hold another number of the main size."""
+    if large := [f"{size} ({int(tokens):,} tokens)" for size, tokens in costs.items() if tokens > limit]:
+        raise ConfigError(
+            f"data.packing.num_tokens {limit:,} holds no clip of {', '.join(large)}; raise it, or leave these sizes out"
+        )
+    if (fits := int(limit // costs[main])) != micro_batch_size:
+        raise ConfigError(
+            f"data.packing.num_tokens {limit:,} holds {fits} clips of the main size {main}, of {int(costs[main]):,} tokens "
+            f"each, and data.micro_batch_size says {micro_batch_size}; set data.micro_batch_size={fits}"
+        )
+
 
 def describe_steps(config: DataConfig) -> str:
     """What an optimizer step holds, in words."""
+    if config.packing is not None:
+        sizes = ", ".join(str(bucket) for bucket in Buckets(config).all)
+        return f"{config.num_micro_batches} packs of up to {config.packing.num_tokens:,} tokens, of clips of {sizes},"
     if config.buckets is None:
         return f"{config.mean_step_samples:g} clips of {config.num_frames}x{config.height}x{config.width}"
     batches = [f"{bucket.micro_batch_size} clips of {bucket}" for bucket in Buckets(config).all]

@@ -1,4 +1,4 @@
-"""Frames out of video files: one interface over torchcodec, PyAV and decord, and a test that each must pass before use.
+"""Frames out of video files: one interface over PyAV, torchcodec and decord, and a test that each must pass before use.
 
 A frame is identified by its place in presentation order. A reader is opened for a call and closed with it: nothing is kept, so
 no decoder can keep decoding in the background or stay broken after an error.
@@ -19,8 +19,13 @@ import numpy as np
 from videofm import registry
 from videofm.errors import ConfigError, DataError
 
-ORDER = ("torchcodec", "pyav", "decord")
-"""`auto` takes the first that works. decord is last: on files that were not re-encoded by us it can return wrong frames."""
+ORDER = ("pyav", "torchcodec", "decord")
+"""`auto` takes the first that works. PyAV costs what torchcodec costs (docs/benchmarks.md), needs no FFmpeg of the system, and
+alone returns the right frames of any file."""
+
+OWN_CLIPS_ONLY = ("torchcodec", "decord")
+"""Decoders that return wrong frames, without a word, of some files that were not re-encoded by us: torchcodec 0.13 of those
+with an edit list and of MPEG-TS (also in its exact seek mode), decord of many more."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,24 @@ def get(name: str) -> Decoder:
     return decoder
 
 
-def choose(name: str = "auto") -> Decoder:
+def choose(name: str = "auto", canonical: bool = True) -> Decoder:
     """A decoder that works here, proved by `conformance`.
 
     Args:
         name: a registered name, or `auto` for the first of `ORDER` that works.
+        canonical: whether it reads only clips that we encoded; others are not for the decoders in `OWN_CLIPS_ONLY`.
 
     Raises:
-        ConfigError: the named library cannot be used here.
+        ConfigError: the named library cannot be used here, or not for clips of others.
         DataError: the named library returns wrong frames, or with `auto` none works.
     """
     if name != "auto":
         decoder = get(name)
+        if name in OWN_CLIPS_ONLY and not canonical:
+            raise ConfigError(
+                f"decoder {name!r} returns wrong frames of files that `videofm curate` did not encode (edit lists, open "
+                "groups, variable rates), and the dataset holds such files. Take `decoder: auto`"
+            )
         reason = decoder.unavailable()
         if reason is not None:
             raise ConfigError(f"decoder {name!r} cannot be used here: {reason}. Or take `decoder: auto`")
@@ -88,6 +99,8 @@ def choose(name: str = "auto") -> Decoder:
     reasons = []
     for candidate in ORDER:
         reason = get(candidate).unavailable() or conformance(candidate)
+        if candidate in OWN_CLIPS_ONLY and not canonical:
+            reason = "not for files that `videofm curate` did not encode"
         if reason is None:
             return get(candidate)
         reasons.append(f"{candidate}: {reason}")

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from videofm.errors import DataError
 from videofm.files import sha256_of
 
 _SCORE = "score_"
@@ -61,18 +62,43 @@ def write_index(path: Path, records: Sequence[ClipRecord]) -> str:
     Returns:
         its SHA-256 (hex).
     """
-    names = sorted({name for record in records for name in record.scores})
-    columns = {name: pyarrow.array([getattr(r, name) for r in records], kind) for name, kind in _COLUMNS.items()}
-    scores = {_SCORE + name: pyarrow.array([r.scores.get(name) for r in records], pyarrow.float64()) for name in names}
-    pyarrow.parquet.write_table(pyarrow.table({**columns, **scores}), path)
+    pyarrow.parquet.write_table(table_of(records), path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return sha256_of(path)
 
 
+def table_of(records: Sequence[ClipRecord]) -> pyarrow.Table:
+    """The rows of an index."""
+    names = sorted({name for record in records for name in record.scores})
+    columns = {name: pyarrow.array([getattr(r, name) for r in records], kind) for name, kind in _COLUMNS.items()}
+    scores = {_SCORE + name: pyarrow.array([r.scores.get(name) for r in records], pyarrow.float64()) for name in names}
+    return pyarrow.table({**columns, **scores})
+
+
+def read_table(source: Path | pyarrow.NativeFile, columns: Sequence[str] | None = None) -> pyarrow.Table:
+    """The rows of an index file: of the named columns those that it has (a score may be absent), or all.
+
+    Raises:
+        DataError: it is not an index.
+    """
+    try:
+        # One thread and no memory map: a shard's index is small, and pages of files that are replaced must not be seen.
+        file = pyarrow.parquet.ParquetFile(source)
+        names = None if columns is None else [name for name in file.schema_arrow.names if name in set(columns)]
+        return file.read(columns=names, use_threads=False)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the index {source} cannot be read ({error}); restore it or curate again") from None
+
+
 def read_records(path: Path) -> list[ClipRecord]:
     """The clips of the index file `path`, in its order."""
-    return [_record(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    return records_of(read_table(path))
+
+
+def records_of(table: pyarrow.Table) -> list[ClipRecord]:
+    """The clips of rows of an index with all columns."""
+    return [_record(row) for row in table.to_pylist()]
 
 
 def _record(row: dict[str, Any]) -> ClipRecord:

@@ -1,9 +1,10 @@
-"""The order of samples, as a pure function of a seed, a manifest and a few numbers.
+"""The order of samples, as a pure function of a seed, manifests and a few numbers.
 
 Shards are permuted by (seed, epoch) and cut into windows; the clips of a window are permuted; consecutive runs of clips are
 the optimizer steps, and what is left over is carried into the next window. A data rank r of W takes the micro-batches
 `r, W + r, 2W + r, ...` of each step. World size, workers and prefetch do not enter, so the position is a few integers and the
-carried clips, the same on every rank.
+carried clips, the same on every rank. Only the indexes of a window are read, when its turn comes: to go on at step 1,000,000
+costs what the first step does.
 
 A micro-batch holds videos or images. Of the first n micro-batches of a run, floor(n * image_share) hold images, so the number
 of clips that a step takes is a function of its index alone. Within a step videos come first: of the rounds in which ranks work
@@ -13,90 +14,53 @@ for the slowest, and a model must run the same parameters for both kinds where Z
 With `data.buckets` the clips of a window, and those carried into it, are sorted into buckets; those of a bucket fill its
 micro-batches, micro-batches of one cost class fill steps, and the steps of the window are permuted. Each clip still comes once
 an epoch, and each bucket takes its share of the steps; what fills no step is carried, at most a step of every cost class and
-a micro-batch of every bucket.
+a micro-batch of every bucket. With `data.packing` micro-batches are packs of several sizes instead.
+
+With `data.mix` every dataset has its own epochs, windows and carry, and datasets take turns (`mix.py`). A turn is a clip, so
+that every micro-batch is mixed and each share exact to one sample; with buckets it is a step, because micro-batches of a step
+cost the same and two datasets, images and videos for one, may have no cost in common.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from videofm.config.data import DataConfig
-from videofm.data.buckets import Bucket, Buckets, Clip, Packed, Placement, covering
+from videofm.data.buckets import Bucket, BucketBatch, Buckets, Pack, covering, fill_of
+from videofm.data.draws import Clip, Draw, PlanState, generator
+from videofm.data.identity import DEFAULTS, flat, identity_of
 from videofm.data.index import ClipRecord
-from videofm.errors import CheckpointError, DataError
+from videofm.data.manifest import Manifest
+from videofm.data.mix import next_turn, whole_weights
+from videofm.data.sizes import frame_size
+from videofm.data.source import ClipSource, ClipStream, Dataset
+from videofm.data.view import ResolvedView, View
+from videofm.errors import CheckpointError, DataError, ParallelError
 
-_DEFAULTS: dict[str, Any] = {
-    name: DataConfig.model_fields[name].default
-    for name in ("frame_strides", "resize_short_side", "crop", "image_share", "image_micro_batch_size", "buckets")
-}
-"""Fields that stand in an order's identity only where they differ from these values."""
+__all__ = ["Clip", "DataPlan", "Draw", "PlanState", "StepPlan"]
 
+REMEMBERED_STEPS = 256
+"""Steps planned last, whose keys are remembered so that a spare is none of them."""
 
-@dataclass(frozen=True)
-class Draw:
-    """One clip in the order: the record's key, the epoch in which it is drawn, and which of its pixels are read.
-
-    `stride` is in stored frames. Frames are resized to `resized` (height, width); `top` and `left` are the corner of the
-    window of `height` x `width` in them.
-    """
-
-    key: str
-    epoch: int
-    start_frame: int
-    num_frames: int
-    stride: int
-    resized: tuple[int, int]
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @property
-    def frames(self) -> range:
-        """The stored frames to read."""
-        return range(self.start_frame, self.start_frame + (self.num_frames - 1) * self.stride + 1, self.stride)
-
-    @property
-    def sample_id(self) -> str:
-        """Names this draw; every random number about the sample is keyed by it."""
-        return f"{self.key}@{self.epoch}"
-
-
-@dataclass(frozen=True)
-class PlanState:
-    """Where the order stands: before step `step`, which is `step_in_window` of window `window` of epoch `epoch`."""
-
-    step: int = 0
-    epoch: int = 0
-    window: int = 0
-    step_in_window: int = 0
-    carry: tuple[Clip, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> PlanState:
-        """The inverse of `to_json`."""
-        return cls(**{**value, "carry": tuple((key, epoch) for key, epoch in value["carry"])})
+_LOOK_SHARDS = 16
+"""Shards that are read to say what is left out."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The micro-batches of one optimizer step, and the state after it."""
+    """The micro-batches of one optimizer step, the state after it, and with `data.packing` the share of their tokens that is
+    used."""
 
     micro_batches: list[list[Draw]]
     after: PlanState
+    fill: float | None = None
 
     @property
     def num_samples(self) -> int:
@@ -104,85 +68,152 @@ class StepPlan:
         return sum(map(len, self.micro_batches))
 
     def share(self, data_rank: int, data_degree: int) -> list[list[Draw]]:
-        """The micro-batches of one data rank, in order."""
+        """The micro-batches of one data rank, in order.
+
+        Raises:
+            ParallelError: the ranks would not get as many each.
+        """
+        if len(self.micro_batches) % data_degree:
+            raise ParallelError(
+                f"{data_degree} data ranks cannot share {len(self.micro_batches)} micro-batches of a step evenly; take a "
+                f"multiple of {data_degree} for data.num_micro_batches"
+            )
         return self.micro_batches[data_rank::data_degree]
 
 
 class DataPlan:
-    """The endless order of one dataset under one configuration."""
+    """The endless order of one configuration."""
 
-    def __init__(self, records: Sequence[ClipRecord], manifest_hash: str, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], config: DataConfig, seed: int, views: Sequence[ResolvedView | None] = ()
+    ) -> None:
         """
+        Args:
+            datasets: one for each of `config.sources`.
+            config: the section `data`.
+            seed: of the run.
+            views: the resolved view of each dataset; none by default.
+
         Raises:
-            DataError: no clip is long enough, or stored at a size that the configured one can be taken from.
+            DataError: a dataset has no clip that is long enough, or stored at a size that the configured one can be taken from.
             ConfigError: the budget of `data.buckets` does not fit its sizes.
         """
         self.config, self.seed = config, seed
         self._image_share = Fraction(str(config.image_share))  # the decimal that was written, so that counts are exact
         self.buckets = Buckets(config) if config.buckets is not None else None
-        self._drawn_as_images = config.buckets.image_share if config.buckets is not None else 0.0
-        self.placements: dict[str, Placement] = {}
-        self.left_out: Counter[str] = Counter()
-        if self.buckets is not None:
-            records = self._place(records, self.buckets)
-        else:
-            records = _eligible(records, config)
-        self.records = {record.key: record for record in records}
-        self._shards: dict[str, list[str]] = {}
-        for key, record in sorted(self.records.items()):
-            self._shards.setdefault(record.shard, []).append(key)
-        self.identity: dict[str, Any] = {
-            "seed": seed,
-            "manifest": manifest_hash,
-            "split": config.split,
-            "num_frames": config.num_frames,
-            "height": config.height,
-            "width": config.width,
-            "micro_batch_size": config.micro_batch_size,
-            "num_micro_batches": config.num_micro_batches,
-            "window_shards": config.window_shards,
+        views = views or [None] * len(datasets)
+        settings = sorted(zip(config.sources, datasets, views, strict=True), key=lambda item: item[0].name)
+        self.sources = {
+            (named := source.name if config.mix is not None else ""): ClipSource(
+                named, dataset, str(source.split), view, config, self.buckets, seed
+            )
+            for source, dataset, view in settings
         }
-        values = config.model_dump(include=set(_DEFAULTS)) | {"frame_strides": sorted(config.frame_strides)}
-        if self.buckets is not None:
-            values["buckets"]["sizes"].sort(key=lambda size: (size["num_frames"], size["height"], size["width"]))
-        self.identity |= {name: values[name] for name in _DEFAULTS if values[name] != _DEFAULTS[name]}
+        self._weights = whole_weights([source.weight for source, _, _ in settings])
+        self._recent: OrderedDict[int, frozenset[tuple[str, str]]] = OrderedDict()
+        self.identity = identity_of(config, seed, list(self.sources.values()))
+
+    @classmethod
+    def open(cls, config: DataConfig, seed: int, fetch: Callable[[str, str, str], Path] | None = None) -> DataPlan:
+        """The plan of the datasets and views that `config` names.
+
+        Args:
+            config: the section `data`.
+            seed: of the run.
+            fetch: gives a dataset's file (place of the dataset, name of the file, SHA-256) as a checked local file; needed for
+                none, it saves reading the indexes of remote datasets again.
+
+        Raises:
+            DataError: a dataset is missing or damaged, or has no usable clip.
+            ConfigError: a view is not valid.
+        """
+        manifests = [
+            Manifest.load(source.manifest, partial(fetch, source.manifest) if fetch is not None else None)
+            for source in config.sources
+        ]
+        views = [
+            View.load(source.view).resolve(manifest) if source.view is not None else None
+            for source, manifest in zip(config.sources, manifests, strict=True)
+        ]
+        return cls(manifests, config, seed, views)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the splits that are read, usable or not."""
+        return sum(source.num_clips for source in self.sources.values())
+
+    def num_usable(self, at_most: int) -> int:
+        """How many clips can be used; counting ends at `at_most`, so that no more shards are read than it takes."""
+        found = 0
+        for source in self.sources.values():
+            found += source.num_usable(at_most - found)
+            if found >= at_most:
+                break
+        return found
+
+    def left_out(self) -> list[str]:
+        """What is not used of a look at each dataset's first shards, and why, in words."""
+        lines = []
+        for name, source in self.sources.items():
+            survey = source.survey(_LOOK_SHARDS)
+            clips = survey.used.total() + survey.left_out.total()
+            of = f"of {clips:,} clips in {survey.num_shards} of {source.num_shards} shards"
+            at = f"{name}: " if name else ""
+            lines += [f"{at}{count:,} {of} are not used: {reason}" for reason, count in survey.left_out.most_common()]
+        return lines
+
+    def record(self, draw: Draw) -> ClipRecord:
+        """All that the index says about the clip of a draw."""
+        return self.sources[draw.source].record(draw.shard, draw.key)
+
+    def folder(self, draw: Draw) -> str:
+        """The place of the dataset that the clip of a draw is in."""
+        return self.sources[draw.source].dataset.place
 
     def steps(self, state: PlanState | None = None) -> Iterator[StepPlan]:
         """The steps from `state` on, without end."""
         state = state or PlanState()
-        if self.buckets is not None:
-            yield from self._bucketed_steps(state)
-            return
-        while True:
-            order = list(state.carry) + self.window(state.epoch, state.window)
-            first = self._clips_before(state.step - state.step_in_window)
-            while (end := self._clips_before(state.step + 1) - first) <= len(order):
-                clips = order[self._clips_before(state.step) - first : end]
-                state = replace(state, step=state.step + 1, step_in_window=state.step_in_window + 1)
-                yield StepPlan(self._micro_batches(clips, state.step - 1), state)
-            state = self.next_window(state, order[self._clips_before(state.step) - first :])
+        make = self._bucketed_steps if self.buckets is not None else self._clip_steps
+        if self.config.mix is not None:
+            make = self._mixed_bucketed_steps if self.buckets is not None else self._mixed_clip_steps
+        for step in make(state):
+            keys = frozenset((draw.source, draw.key) for batch in step.micro_batches for draw in batch)
+            self._recent[step.after.step - 1] = keys
+            while len(self._recent) > REMEMBERED_STEPS:
+                self._recent.popitem(last=False)
+            yield step
 
-    def packed(self, state: PlanState) -> Packed:
-        """What the clips of the window of `state`, and those carried into it, fill; steps are not permuted. Needs buckets."""
-        assert self.buckets is not None
-        return self.buckets.pack([*state.carry, *self.window(state.epoch, state.window)], self.bucket_of)
+    def replacement(self, draw: Draw, attempt: int) -> Draw:
+        """What is read in place of a clip that cannot be: the spare number `attempt` (from 0) of `draw`, of the same dataset,
+        bucket and epoch.
 
-    def _bucketed_steps(self, state: PlanState) -> Iterator[StepPlan]:
-        while True:
-            packed = self.packed(state)
-            order = _rng(self.seed, "steps", state.epoch, state.window).permutation(len(packed.steps))
-            for index in order[state.step_in_window :]:
-                state = replace(state, step=state.step + 1, step_in_window=state.step_in_window + 1)
-                batches = [
-                    [self._bucket_draw(key, epoch, batch.bucket) for key, epoch in batch.clips] for batch in packed.steps[index]
-                ]
-                yield StepPlan(batches, state)
-            state = self.next_window(state, packed.rest)
+        It is a function of the plan and its arguments, so every rank finds the same. No clip of the step is its own spare's
+        twin: clips of the step are taken only when the dataset has no others, and its `sample_id` is no other's.
 
-    def next_window(self, state: PlanState, carry: Sequence[Clip]) -> PlanState:
-        """The position at the start of the window after that of `state`."""
-        last = state.window + 1 >= self._num_windows
-        return PlanState(state.step, state.epoch + last, 0 if last else state.window + 1, carry=tuple(carry))
+        Args:
+            draw: as the plan gave it, one of the last 256 steps that were planned here; not a spare.
+            attempt: how many spares of `draw` could not be read either.
+
+        Raises:
+            DataError: the dataset has no more clips of this bucket.
+        """
+        assert not draw.instead_of, f"{draw.sample_id} is a spare: ask for another one of the first draw"
+        assert draw.step in self._recent, f"step {draw.step} was not planned lately"
+        source = self.sources[draw.source]
+        avoid = {key for name, key in self._recent[draw.step] if name == draw.source}
+        clip = next(islice(source.spares(draw, avoid), attempt, None), None)
+        if clip is None:
+            raise DataError(
+                f"the clip {draw.key} cannot be read, and {source.dataset.place} has no {'other' if attempt == 0 else 'more'} "
+                f"clip to take its place ({attempt} were tried); curate more clips, or repair it"
+            )
+        if self.buckets is None:
+            spare = self._draw(source, clip, draw.num_frames, draw.step)
+        else:
+            size = draw.num_frames, draw.height, draw.width
+            bucket = next(b for b in self.buckets.all if (b.num_frames, b.height, b.width) == size)
+            spare = self._bucket_draw(source, clip, bucket, draw.step)
+        return replace(spare, instead_of=draw.sample_id)
 
     def check(self, identity: dict[str, Any]) -> None:
         """Refuse a position that belongs to another order.
@@ -190,7 +221,7 @@ class DataPlan:
         Raises:
             CheckpointError: a field differs; the message names each with both values.
         """
-        before, after = _flat(_DEFAULTS | identity), _flat(_DEFAULTS | self.identity)
+        before, after = flat(DEFAULTS | identity), flat(DEFAULTS | self.identity)
         changed = [
             f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
             for name in after | before
@@ -202,18 +233,51 @@ class DataPlan:
                 "Restore these values, or start a new run from the weights alone."
             )
 
-    @property
-    def _num_windows(self) -> int:
-        return -(-len(self._shards) // self.config.window_shards)
+    def _clip_steps(self, state: PlanState) -> Iterator[StepPlan]:
+        """Steps of one dataset and one size."""
+        source = self.sources[""]
+        while True:
+            carry, rows = list(state.carry), source.window(state.epoch, state.window)
+            first = self._clips_before(state.step - state.step_in_window)
+            while (end := self._clips_before(state.step + 1) - first) <= len(carry) + len(rows):
+                start = self._clips_before(state.step) - first
+                clips = carry[start:end] + rows.clips(max(0, start - len(carry)), end - len(carry))
+                state = replace(state, step=state.step + 1, step_in_window=state.step_in_window + 1)
+                yield StepPlan(self._micro_batches([(source, clip) for clip in clips], state.step - 1), state)
+            start = self._clips_before(state.step) - first
+            state = source.next_window(state, carry[start:] + rows.clips(max(0, start - len(carry))))
 
-    def window(self, epoch: int, window: int) -> list[Clip]:
-        """Keys with their epoch, in the order of the window."""
-        shards = sorted(self._shards)
-        order = _rng(self.seed, "shards", epoch).permutation(len(shards))
-        size = self.config.window_shards
-        keys = [key for index in order[window * size : (window + 1) * size] for key in self._shards[shards[index]]]
-        shuffled = _rng(self.seed, "clips", epoch, window).permutation(len(keys))
-        return [(keys[index], epoch) for index in shuffled]
+    def _mixed_clip_steps(self, state: PlanState) -> Iterator[StepPlan]:
+        """Steps of one size, every clip from the dataset whose turn it is."""
+        sources = list(self.sources.values())
+        streams = [ClipStream(source, state.sources.get(source.name, PlanState())) for source in sources]
+        counts = [stream.position.step for stream in streams]
+        while True:
+            clips = []
+            for _ in range(self._clips_before(state.step + 1) - self._clips_before(state.step)):
+                turn = next_turn(self._weights, counts)
+                clips.append((sources[turn], streams[turn].take()))
+                counts[turn] += 1
+            after = {source.name: stream.position for source, stream in zip(sources, streams, strict=True)}
+            state = PlanState(state.step + 1, sources=after)
+            yield StepPlan(self._micro_batches(clips, state.step - 1), state)
+
+    def _bucketed_steps(self, state: PlanState) -> Iterator[StepPlan]:
+        """Steps of one dataset and several sizes."""
+        source = self.sources[""]
+        for batches, after in _packed_steps(source, state):
+            yield self._bucket_step(source, batches, after.step - 1, after)
+
+    def _mixed_bucketed_steps(self, state: PlanState) -> Iterator[StepPlan]:
+        """Steps of several sizes, each from the dataset whose turn it is."""
+        sources = list(self.sources.values())
+        positions = {source.name: state.sources.get(source.name, PlanState()) for source in sources}
+        steps = [_packed_steps(source, positions[source.name]) for source in sources]
+        for step in range(state.step, 1 << 62):
+            turn = next_turn(self._weights, [positions[source.name].step for source in sources])
+            batches, after = next(steps[turn])
+            positions = positions | {sources[turn].name: after}
+            yield self._bucket_step(sources[turn], batches, step, PlanState(step + 1, sources=positions))
 
     def _image_batches_before(self, step: int) -> int:
         """Micro-batches of images in the steps before `step`."""
@@ -229,130 +293,61 @@ class DataPlan:
     def _num_images(self) -> int:
         return self.config.image_micro_batch_size or self.config.micro_batch_size
 
-    def _micro_batches(self, clips: Sequence[Clip], step: int) -> list[list[Draw]]:
+    def _micro_batches(self, clips: Sequence[tuple[ClipSource, Clip]], step: int) -> list[list[Draw]]:
         num_images = self._image_batches_before(step + 1) - self._image_batches_before(step)
         num_videos = self.config.num_micro_batches - num_images
         video, image = (self.config.micro_batch_size, self.config.num_frames), (self._num_images, 1)
         rest = iter(clips)
         return [
-            [self._draw(key, epoch, num_frames) for key, epoch in islice(rest, size)]
+            [self._draw(source, clip, num_frames, step) for source, clip in islice(rest, size)]
             for size, num_frames in [video] * num_videos + [image] * num_images
         ]
 
-    def _place(self, records: Sequence[ClipRecord], buckets: Buckets) -> list[ClipRecord]:
-        """The records that fall into a bucket; the others are counted by reason in `left_out`."""
-        placed = []
-        for record in records:
-            place = buckets.place(record)
-            if isinstance(place, str):
-                self.left_out[place] += 1
-                continue
-            self.placements[record.key] = place
-            placed.append(record)
-        if not placed:
-            reasons = "; ".join(f"{count}: {reason}" for reason, count in self.left_out.most_common()) or "there is none"
-            raise DataError(
-                f"no clip of split {self.config.split!r} falls into a bucket ({reasons}). "
-                "Add smaller or shorter sizes to data.buckets.sizes, or curate other clips."
-            )
-        return placed
+    def _bucket_step(self, source: ClipSource, batches: Sequence[BucketBatch | Pack], step: int, after: PlanState) -> StepPlan:
+        draws = [[self._bucket_draw(source, clip, bucket, step) for bucket, clip in batch.pairs] for batch in batches]
+        return StepPlan(draws, after, fill_of(batches, self.config))
 
-    def bucket_of(self, key: str, epoch: int) -> Bucket:
-        """The bucket of a clip in an epoch: a share of the videos, others in each epoch, are images."""
-        place = self.placements[key]
-        if place.image is not None and _uniform(self.seed, "image", epoch, key) < self._drawn_as_images:
-            return place.image
-        return place.bucket
+    def _bucket_draw(self, source: ClipSource, clip: Clip, bucket: Bucket, step: int) -> Draw:
+        resized = covering(clip.shape.height, clip.shape.width, bucket)
+        return self._cut(source, clip, bucket.num_frames, resized, (bucket.height, bucket.width), step)
 
-    def _bucket_draw(self, key: str, epoch: int, bucket: Bucket) -> Draw:
-        record = self.records[key]
-        resized = covering(record.height, record.width, bucket)
-        return self._cut(key, epoch, bucket.num_frames, resized, (bucket.height, bucket.width))
+    def _draw(self, source: ClipSource, clip: Clip, num_frames: int, step: int) -> Draw:
+        resized = frame_size(clip.shape.height, clip.shape.width, self.config)
+        return self._cut(source, clip, num_frames, resized, (self.config.height, self.config.width), step)
 
-    def _draw(self, key: str, epoch: int, num_frames: int) -> Draw:
-        return self._cut(
-            key, epoch, num_frames, frame_size(self.records[key], self.config), (self.config.height, self.config.width)
-        )
-
-    def _cut(self, key: str, epoch: int, num_frames: int, resized: tuple[int, int], window: tuple[int, int]) -> Draw:
+    def _cut(
+        self, source: ClipSource, clip: Clip, num_frames: int, resized: tuple[int, int], window: tuple[int, int], step: int
+    ) -> Draw:
         """Stride, first frame and window of one clip, each from a generator of its own, keyed by (seed, epoch, key)."""
-        record, strides = self.records[key], [1]
+        draw, strides = partial(_generator, source, clip), [1]
         if num_frames > 1:
-            strides = [stride for stride in sorted(self.config.frame_strides) if (num_frames - 1) * stride < record.num_frames]
-        stride = strides[int(_rng(self.seed, "stride", epoch, key).integers(len(strides)))] if len(strides) > 1 else strides[0]
-        num_starts = record.num_frames - (num_frames - 1) * stride
-        start_frame = int(_rng(self.seed, "start", epoch, key).integers(num_starts))
+            strides = [s for s in sorted(self.config.frame_strides) if (num_frames - 1) * s < clip.shape.num_frames]
+        stride = strides[int(draw("stride").integers(len(strides)))] if len(strides) > 1 else strides[0]
+        spare_frames = clip.shape.num_frames - 1 - (num_frames - 1) * stride
+        start_frame = spare_frames // 2 if self.config.start == "centre" else 0
+        if self.config.start == "random":
+            start_frame = int(draw("start").integers(spare_frames + 1))
         spare = resized[0] - window[0], resized[1] - window[1]
         top, left = spare[0] // 2, spare[1] // 2
         if self.config.crop == "random":
-            top, left = map(int, _rng(self.seed, "crop", epoch, key).integers([spare[0] + 1, spare[1] + 1]))
-        return Draw(key, epoch, start_frame, num_frames, stride, resized, top, left, *window)
+            top, left = map(int, draw("crop").integers([spare[0] + 1, spare[1] + 1]))
+        return Draw(
+            clip.key, clip.epoch, start_frame, num_frames, stride, resized, top, left, *window,
+            shard=clip.shard, source=source.name, step=step,
+        )  # fmt: skip
 
 
-def frame_size(record: ClipRecord, config: DataConfig) -> tuple[int, int]:
-    """Height and width of a clip's frames before the crop, in pixels."""
-    side, short = config.resize_short_side, min(record.height, record.width)
-    if side is None:
-        return record.height, record.width
-    return round(record.height * side / short), round(record.width * side / short)
+def _generator(source: ClipSource, clip: Clip, what: str) -> Any:
+    return generator(*source.key, what, clip.epoch, clip.key)
 
 
-def _eligible(records: Sequence[ClipRecord], config: DataConfig) -> list[ClipRecord]:
-    right = [record for record in records if _right_size(record, config)]
-    if not right:
-        raise DataError(_no_size(records, config))
-    num_stored = (config.num_frames - 1) * min(config.frame_strides) + 1
-    long_enough = [record for record in right if record.num_frames >= num_stored]
-    if not long_enough:
-        at = f" (data.num_frames {config.num_frames} at stride {min(config.frame_strides)})"
-        raise DataError(
-            f"no clip of split {config.split!r} has {num_stored} frames{at if num_stored > config.num_frames else ''}; the "
-            f"longest has {max(record.num_frames for record in right)}. "
-            f"Lower data.num_frames{' or data.frame_strides' if min(config.frame_strides) > 1 else ''}, or curate longer clips."
-        )
-    return long_enough
-
-
-def _right_size(record: ClipRecord, config: DataConfig) -> bool:
-    if min(record.height, record.width) < (config.resize_short_side or 0):
-        return False
-    height, width = frame_size(record, config)
-    if config.crop == "none":
-        return (height, width) == (config.height, config.width)
-    return height >= config.height and width >= config.width
-
-
-def _no_size(records: Sequence[ClipRecord], config: DataConfig) -> str:
-    sizes = sorted({(record.height, record.width) for record in records})
-    stored = ", ".join(f"{height}x{width}" for height, width in sizes) or "none"
-    wanted = f"at {config.height}x{config.width}{'' if config.crop == 'none' else ' or larger'}"
-    if config.resize_short_side is not None:
-        wanted = f"so that a shorter side of {config.resize_short_side} (data.resize_short_side) makes it {wanted[3:]}"
-    fix = "to one of them, set data.crop" if config.crop == "none" else "smaller"
-    return (
-        f"no clip of split {config.split!r} is stored {wanted}; stored are {stored}. "
-        f"Set data.height and data.width {fix}, or transcode to this size in the curate stage."
-    )
-
-
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an identity; those of `buckets` by themselves."""
-    buckets = identity.get("buckets")
-    if not isinstance(buckets, Mapping):
-        return dict(identity)
-    rest = {name: value for name, value in identity.items() if name != "buckets"}
-    return rest | {f"buckets.{name}": value for name, value in buckets.items()}
-
-
-def _rng(*key: int | str) -> np.random.Generator:
-    # Counter-based, keyed by a hash: any window of any epoch is as cheap as the first.
-    return np.random.Generator(np.random.Philox(key=_hash(16, *key)))
-
-
-def _uniform(*key: int | str) -> float:
-    """A number in [0, 1), a hash of its key; cheaper than a generator for a single one."""
-    return _hash(8, *key) / 2**64
-
-
-def _hash(size: int, *key: int | str) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=size).digest(), "big")
+def _packed_steps(source: ClipSource, state: PlanState) -> Iterator[tuple[Sequence[BucketBatch | Pack], PlanState]]:
+    """The steps of a source with buckets, each with the source's position after it."""
+    while True:
+        packed = source.packed(state)
+        order = generator(*source.key, "steps", state.epoch, state.window).permutation(len(packed.steps))
+        for index in order[state.step_in_window :]:
+            state = replace(state, step=state.step + 1, step_in_window=state.step_in_window + 1)
+            yield packed.steps[index], state
+        state = source.next_window(state, packed.rest)
+        del packed  # before the next one is made

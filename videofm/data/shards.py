@@ -132,9 +132,11 @@ class ShardWriter:
         return self._file.count - _padded(len(content))
 
     def _discard(self) -> None:
-        self._file.close()
-        for name in (self.tar, self.index):
-            (self.folder / (name + self._suffix)).unlink(missing_ok=True)
+        try:
+            self._file.close()  # fails on a full disk, where what was written must go all the more
+        finally:
+            for name in (self.tar, self.index):
+                (self.folder / (name + self._suffix)).unlink(missing_ok=True)
 
 
 def read_clip(folder: str | Path, record: ClipRecord) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from einops import repeat
@@ -14,12 +16,22 @@ from videofm.errors import ConfigError
 from videofm.objectives.conditioning import MODES, Given, draw_given, probabilities
 from videofm.objectives.host import from_host, on_host
 from videofm.objectives.noise_levels import ClipShape, NoiseLevelLaw
+from videofm.objectives.packing import join, join_texts, take_apart
 from videofm.objectives.tokens import TokenBatch, draw_subset, loss_weight
 from videofm.ops.patchify import tokens_from_latents
 from videofm.types import Batch, Compression, Conditioning, Loss, SampleRng
 
 _TEXT_MULTIPLE = 32
 """Text is cut to a multiple of this many tokens, so that few different shapes occur."""
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What was drawn for clips of one size: their tokens, what is given, and the captions that are told."""
+
+    tokens: TokenBatch
+    given: Given | None
+    captions: list[str]
 
 
 class FlowMatchingObjective:
@@ -42,12 +54,36 @@ class FlowMatchingObjective:
         than the text encoder takes, `cut_clip` that of its second one where there are two. What a sample costs: `tokens`,
         `text_tokens` with `padding_share`, the share of them that is padding, and `flops` where the model has a formula.
 
+        A pack goes through the model as one sequence, and gives what its clips would give one by one.
+
         Nothing here waits for the device: what decides about shapes is known to the host.
 
         Draws, each keyed by sample: `posterior` (latents are sampled), `noise`, `sigma`, `caption` (dropout), and those of
         `draw_given` and `draw_subset`.
         """
-        clean = self.encode(models["vae"], batch.video, rng)
+        parts = batch.parts or (batch,)
+        ends = [0, *accumulate(len(part.captions) for part in parts)]
+        drawn = [self._draw(models, part, rng.rows(*rows)) for part, rows in zip(parts, pairwise(ends), strict=True)]
+        captions = [caption for part in drawn for caption in part.captions]
+        if parts[0].text is None:
+            text = self._conditioning(models["text_encoder"], captions)
+        else:
+            text = join_texts([encoded_conditioning(part, of.captions) for part, of in zip(parts, drawn, strict=True)])
+        tokens = [part.tokens for part in drawn]
+        if batch.parts:
+            squares = self.packed_squared_errors(models["dit"], tokens, text)
+        else:
+            squares = [self.squared_errors(models["dit"], tokens[0], text)]
+        losses = [
+            self._loss(models["dit"], part, errors, text.rows(slice(*rows)))
+            for part, errors, rows in zip(drawn, squares, pairwise(ends), strict=True)
+        ]
+        total = torch.stack([loss.total for loss in losses]).sum()
+        metrics = {name: torch.stack([loss.metrics[name] for loss in losses]).sum() for name in losses[0].metrics}
+        return Loss(total, metrics | _cut_shares(models["text_encoder"], captions, total))
+
+    def _draw(self, models: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> _Drawn:
+        clean = self.clean_latents(models["vae"], batch, rng)
         noise = rng.normal("noise", tuple(clean.shape[1:]))
         captions = self.drop_captions(batch.captions, on_host(rng).uniform("caption"))
         sigma = self.draw_sigma(clean, models["vae"].compression, rng)
@@ -55,16 +91,17 @@ class FlowMatchingObjective:
         tokens = self.tokens(models, clean, noise, sigma, batch.fps, given)
         if dropping := self.config.token_dropping:
             tokens = tokens.subset(draw_subset(tokens.clean.shape[1], tokens.given, dropping.num_tokens, rng))
+        return _Drawn(tokens, given, captions)
 
-        text = self._conditioning(models["text_encoder"], captions)
-        squares = self.squared_errors(models["dit"], tokens, text)
+    def _loss(self, dit: nn.Module, drawn: _Drawn, squares: Tensor, text: Conditioning) -> Loss:
+        """Loss and metrics of clips of one size from squared errors `(B, L, C)`; `text` has B rows."""
+        tokens = drawn.tokens
         mse = tokens.means(squares)
         weight = loss_weight(self.config.loss_weighting, tokens.sigma)
         total = (mse if weight is None else tokens.means(squares, weight)).sum()
         level = tokens.sigma if tokens.sigma.ndim == 1 else tokens.means(tokens.sigma[:, :, None])
         metrics = {"loss": total.detach(), "mse": mse.detach().sum(), "sigma": level.sum()}
-        metrics |= _cut_shares(models["text_encoder"], captions, total)
-        return Loss(total, metrics | self._shares(given, tokens) | _cost(models["dit"], tokens, text))
+        return Loss(total, metrics | self._shares(drawn.given, tokens) | _cost(dit, tokens, text))
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Refuse a VAE whose latent statistics are not the ones that the config names.
@@ -79,6 +116,16 @@ class FlowMatchingObjective:
                 "measured again, or are another VAE's. A model trained on one normalisation does not fit the other: load the "
                 "VAE that was meant, or set the hash to null."
             )
+
+    @torch.no_grad()
+    def clean_latents(self, vae: nn.Module, batch: Batch, rng: SampleRng) -> Tensor:
+        """Normalised latents `(B, C, T, H, W)` float32 of a micro-batch: those that came with it, or of its pixels."""
+        if batch.latents is None:
+            return self.encode(vae, batch.video, rng)
+        latents, posterior = batch.latents, batch.posterior
+        if posterior is not None:
+            latents = posterior.sample(rng.normal("posterior", tuple(latents.shape[1:])))
+        return vae.normalize(latents.float())
 
     @torch.no_grad()
     def encode(self, vae: nn.Module, video: Tensor, rng: SampleRng | None = None) -> Tensor:
@@ -128,6 +175,15 @@ class FlowMatchingObjective:
         predicted = dit(tokens.noisy, tokens.sigma, text, tokens.coordinates)
         return (predicted.float() - tokens.velocity.float()).square()
 
+    def packed_squared_errors(self, dit: nn.Module, parts: Sequence[TokenBatch], text: Conditioning) -> list[Tensor]:
+        """`squared_errors` of each part, all of which go through the model in one sequence; `text` has a row for each clip."""
+        packed = join(parts)
+        predicted = dit(packed.noisy, packed.sigma, text, packed.coordinates, packed.documents)
+        return [
+            (velocity.float() - part.velocity.float()).square()
+            for velocity, part in zip(take_apart(predicted, parts), parts, strict=True)
+        ]
+
     def velocity_errors(
         self,
         models: Mapping[str, nn.Module],
@@ -171,6 +227,22 @@ class FlowMatchingObjective:
             return dict.fromkeys(("given", *(f"share_{mode}" for mode in modes)), tokens.clean.new_zeros(()))
         shares = {f"share_{mode}": (given.mode == MODES.index(mode)).float().sum() for mode in modes}
         return {"given": tokens.given.float().mean(dim=1).sum()} | shares
+
+
+def encoded_conditioning(batch: Batch, captions: list[str]) -> Conditioning:
+    """The text that came with a micro-batch, cut as `_conditioning` cuts it; `captions` are those of the batch, some made
+    empty."""
+    assert batch.text is not None and batch.text_lengths is not None
+    empty = len(batch.captions)
+    rows = [row if caption == batch.captions[row] else empty for row, caption in enumerate(captions)]
+    lengths = [batch.text_lengths[row] for row in rows]
+    longest = max(lengths)
+    index = from_host(rows, batch.text.device)
+    kept = from_host(lengths, batch.text.device)
+    mask = torch.arange(batch.text.shape[1], device=batch.text.device) < kept[:, None]  # (B, L)
+    clip = None if batch.clip_text is None else batch.clip_text[index]
+    text = Conditioning(batch.text[index], mask, clip, longest)
+    return text.trimmed(-(-longest // _TEXT_MULTIPLE) * _TEXT_MULTIPLE)
 
 
 def _cells(latents: Tensor) -> tuple[int, int, int]:

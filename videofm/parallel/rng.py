@@ -42,6 +42,10 @@ class KeyedRng:
         """A CPU generator for draws that the samples of the micro-batch share. Micro-batches do not depend on the layout."""
         return keyed_generator(self.seed, self.step, self.sample_ids[0], name)
 
+    def rows(self, first: int, end: int) -> KeyedRng:
+        """The draws of the samples from number `first` to before `end` alone."""
+        return KeyedRng(self.seed, self.step, self.sample_ids[first:end], self.device)
+
     def _draw(self, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = [draw(keyed_generator(self.seed, self.step, sample_id, name)) for sample_id in self.sample_ids]
         return torch.stack(rows).to(self.device)

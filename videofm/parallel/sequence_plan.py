@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from videofm.attention.documents import Documents
 from videofm.attention.layout import SequenceLayout
 from videofm.attention.strategies.place import SequencePlace
 from videofm.errors import ParallelError
@@ -31,7 +32,8 @@ class SequencePlan:
     dim of the result, a tensor.
 
     The first argument of `split` says how many tokens there are. An argument without that dim, such as one noise level a
-    sample, is the same for all tokens and goes whole to every rank.
+    sample, is the same for all tokens and goes whole to every rank. Arguments that are `Documents` follow the tokens by
+    themselves.
     """
 
     split: Mapping[str, int]
@@ -56,6 +58,9 @@ class SequencePlan:
                 value = call.arguments[name]
                 if value.ndim > dim:
                     call.arguments[name] = layout.split(value, dim, place.context_rank)
+            for name, value in call.arguments.items():
+                if isinstance(value, Documents):
+                    call.arguments[name] = value.split(layout, place.context_rank)
             return call.args, call.kwargs
 
         def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor) -> Tensor:

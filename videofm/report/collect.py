@@ -25,12 +25,15 @@ SKIPPED_FOLDERS = (
     "tmp",
     "stale",
     "stages",
+    "groups",
+    "sources",
 )
 
 
 @dataclass
 class Stage:
-    """A stage as the report shows it. `seconds` is the time of the newest attempt, None when it did not finish."""
+    """A stage as the report shows it. `seconds` is the time of the newest attempt, None when it did not finish; `curation` is
+    what funnel.json holds besides the funnel."""
 
     name: str
     path: Path
@@ -49,7 +52,7 @@ class Stage:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     held_out: list[dict[str, Any]] = field(default_factory=list)
     funnel: list[dict[str, Any]] = field(default_factory=list)
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    curation: dict[str, Any] = field(default_factory=dict)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     images: list[Path] = field(default_factory=list)
     videos: list[tuple[Path, str]] = field(default_factory=list)
@@ -83,6 +86,8 @@ def collect(path: Path, writing: Path | None = None) -> Run:
         return Run(path, recipe["name"], recipe["code"], recipe["time"], recipe["config"], stages)
     if (path / "lineage.json").exists():
         stage = read_stage(path.name, path, {})
+        if writing is not None and path.resolve() == writing.resolve():
+            stage.state = "finished"  # its page is the last thing that a stage does
         return Run(path, path.name, stage.code, stage.created, None, [stage])
     raise DataError(
         f"{path} is no run directory: it has neither recipe.json (made by `videofm run`) nor lineage.json (made by a stage)"
@@ -107,7 +112,7 @@ def read_stage(name: str, path: Path, planned: dict[str, Any]) -> Stage:
     stage.held_out = _tolerant(stage, lambda: list(read_jsonl(path / "held_out.jsonl")), [])
     funnel = _tolerant(stage, lambda: _first_json(path, "funnel.json"), None) or {}
     stage.funnel = [step for step in funnel.get("funnel", []) if step.keys() >= FUNNEL_COUNTS]
-    stage.quarantine = _tolerant(stage, lambda: list(read_jsonl(path / "quarantine.jsonl")), [])
+    stage.curation = {name: value for name, value in funnel.items() if name != "funnel"}
     evaluation = _tolerant(stage, lambda: _first_json(path, "evaluation.json"), None) or {}
     stage.evaluation = [metric for metric in evaluation.get("metrics", []) if isinstance(metric, dict)]
     stage.images = images_of(path)

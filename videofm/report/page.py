@@ -6,7 +6,8 @@ import base64
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from videofm import __version__
 from videofm.progress import duration
 from videofm.report.charts import Series, figure, number
 from videofm.report.collect import Run, Stage, collect
+from videofm.report.curation import Pictures
+from videofm.report.curation import section as curation_section
+from videofm.report.pieces import table
 from videofm.report.reconstruction import COLUMNS, FIELDS, NUMERIC, table_cells
 from videofm.report.style import CSS
 from videofm.run_dir import now
@@ -59,19 +63,25 @@ SPEED = {
 }
 """Columns of the throughput table besides the first, medians: metric -> what it is."""
 NOT_NUMBERS = ("kind", "of", "sheet", "alarms")
-QUARANTINE_LIMIT = 50
 NOT_CURVES = ("step", "attempt", "time", "seconds", "data_wait", "data_wait_share", "tflops", "skipped", "sigma", "epoch")
 
 
-def build(path: Path, writing: Path | None = None) -> str:
-    """The page about the run directory `path` (of a recipe or of a stage); `writing` is the stage that writes it."""
+OpenPictures = Callable[[str], AbstractContextManager[Pictures]]
+"""Where pictures of clips come from: called with the `source` of a curation."""
+
+
+def build(path: Path, writing: Path | None = None, open_pictures: OpenPictures | None = None) -> str:
+    """The page about the run directory `path` (of a recipe or of a stage); `writing` is the stage that writes it.
+
+    Without `open_pictures` there are no pictures of refused and kept clips.
+    """
     run = collect(path, writing)
     body = [
         f"<h1>{escape(run.name)}</h1>",
         f'<p class="sub">{escape(run.time)} &middot; videofm {escape(run.code)} &middot; {escape(str(run.path))}</p>',
         _cards(run),
         _stages(run),
-        *[_stage(stage) for stage in run.stages],
+        *[_stage(stage, open_pictures) for stage in run.stages],
         _lineage(run),
         _configs(run),
         f"<footer>written {escape(now())} by videofm {escape(__version__)}</footer>",
@@ -121,8 +131,8 @@ def _stages(run: Run) -> str:
         )
         attempts = str(stage.num_attempts) if stage.num_attempts else ""
         rows.append([link, escape(stage.kind), _tag(stage.state), escape(time), attempts, _results(stage)])
-    table = _table(["stage", "kind", "state", "time", "attempts", "results"], rows, numeric=(3, 4))
-    return f"<section><h2>Stages</h2>{table}</section>"
+    head = ["stage", "kind", "state", "time", "attempts", "results"]
+    return f"<section><h2>Stages</h2>{table(head, rows, numeric=(3, 4))}</section>"
 
 
 def _tag(state: str) -> str:
@@ -146,7 +156,7 @@ def _has_section(stage: Stage) -> bool:
     return any(content) or stage.state == "failed"
 
 
-def _stage(stage: Stage) -> str:
+def _stage(stage: Stage, open_pictures: OpenPictures | None) -> str:
     """Whatever the stage left that can be shown."""
     if not _has_section(stage):
         return ""
@@ -154,7 +164,7 @@ def _stage(stage: Stage) -> str:
     if stage.state == "failed":
         parts.append(f'<p class="note">{escape(stage.message)}</p>')
     parts += [f'<p class="note">could not be read: {escape(problem)}</p>' for problem in stage.problems]
-    parts += [_funnel(stage), _curves(stage.metrics), _throughput(stage.metrics)]
+    parts += [_curation(stage, open_pictures), _curves(stage.metrics), _throughput(stage.metrics)]
     parts += [_held_out(stage.held_out), _evaluation(stage.evaluation)]
     parts += [_image(image, stage.path) for image in stage.images]
     if stage.videos:
@@ -162,37 +172,13 @@ def _stage(stage: Stage) -> str:
     return "".join(parts) + "</section>"
 
 
-def _funnel(stage: Stage) -> str:
-    """The table of funnel.json with bars, and the list of broken files."""
-    steps = stage.funnel
-    if not steps:
+def _curation(stage: Stage, open_pictures: OpenPictures | None) -> str:
+    if not stage.funnel:
         return ""
-    most = max([max(step["num_in"], step["num_made"]) for step in steps] + [1])
-    rows = []
-    for step in steps:
-        reasons = [
-            f"{count} {reason}" + (f" ({kind})" if kind != "dropped" else "")
-            for kind in ("dropped", "quarantined", "errors")
-            for reason, count in sorted(step.get(kind, {}).items(), key=lambda item: -item[1])
-        ]
-        made, came = 100 * step["num_made"] / most, 100 * step["num_in"] / most
-        bar = f'<div class="bar"><i class="lost" style="width:{came:.2f}%"></i><i style="width:{made:.2f}%"></i></div>'
-        counts = [str(step["num_in"]), str(step["num_out"]), str(step["num_made"])]
-        why = f'<span class="why">{escape(", ".join(reasons))}</span>'
-        rows.append([escape(str(step["stage"])), *counts, bar, why])
-    table = _table(["step", "in", "kept", "made of them", "", "why not"], rows, numeric=(1, 2, 3))
-    return f"<h3>funnel: what was kept, and why the rest was not</h3>{table}{_quarantine(stage)}"
-
-
-def _quarantine(stage: Stage) -> str:
-    if not stage.quarantine:
-        return ""
-    names = ("source", "stage", "reason", "detail")
-    rows = [[escape(str(row.get(name, ""))[:300]) for name in names] for row in stage.quarantine[:QUARANTINE_LIMIT]]
-    more = len(stage.quarantine) - len(rows)
-    rest = f'<p class="why">and {more} more in quarantine.jsonl</p>' if more else ""
-    summary = f"<summary>{len(stage.quarantine)} broken files, set aside</summary>"
-    return f"<details open>{summary}{_table(names, rows)}{rest}</details>"
+    if open_pictures is None:
+        return curation_section(stage, None)
+    with open_pictures(str(stage.config.get("source", ""))) as pictures:
+        return curation_section(stage, pictures)
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
@@ -226,7 +212,7 @@ def _throughput(rows: list[dict[str, Any]]) -> str:
         ]
         facts += [("waiting for data", f"{100 * sum(columns['data_wait']) / total:.1f} %")] if columns["data_wait"] else []
     facts += [(text, number(statistics.median(columns[name]))) for name, text in SPEED.items() if columns[name]]
-    return "<h3>throughput</h3>" + _table([name for name, _ in facts], [[escape(value) for _, value in facts]])
+    return "<h3>throughput</h3>" + table([name for name, _ in facts], [[escape(value) for _, value in facts]])
 
 
 def _held_out(rows: list[dict[str, Any]]) -> str:
@@ -240,7 +226,7 @@ def _held_out(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     head = ["step", "mean", *(f"sigma {sigma}" for sigma in sigmas)]
-    return "<h3>held-out loss</h3>" + _table(head, cells, numeric=range(len(head)))
+    return "<h3>held-out loss</h3>" + table(head, cells, numeric=range(len(head)))
 
 
 def _evaluation(metrics: list[dict[str, Any]]) -> str:
@@ -258,8 +244,8 @@ def _evaluation(metrics: list[dict[str, Any]]) -> str:
         rows.append([escape(str(metric.get("kind", "?"))), f"<code>{escape(of)}</code>", notes + numbers])
         charts += [_list_chart(key, leaves[key], of) for key in EVALUATION_CURVES if isinstance(leaves.get(key), list)]
     cells = [[escape(cell) for cell in row] for row in table_cells(metrics)]
-    parts = ["<h3>reconstruction</h3>" + _table(COLUMNS, cells, numeric=NUMERIC)] if cells else []
-    parts.append("<h3>measures</h3>" + _table(["measure", "of", "numbers"], rows))
+    parts = ["<h3>reconstruction</h3>" + table(COLUMNS, cells, numeric=NUMERIC)] if cells else []
+    parts.append("<h3>measures</h3>" + table(["measure", "of", "numbers"], rows))
     parts += [f'<h3>by frame and by channel</h3><div class="charts">{"".join(charts)}</div>'] if any(charts) else []
     return "".join(parts)
 
@@ -302,8 +288,8 @@ def _lineage(run: Run) -> str:
         ("packages", packages),
     ]
     told = "".join(f"<div>{name}: {escape(str(value))}</div>" for name, value in facts if value)
-    table = _table(["stage", "fingerprint", "reads", "code", "made"], rows)
-    return f'<section><h2>Lineage</h2>{table}<h3>machine</h3><div class="why">{told}</div></section>' if rows else ""
+    came_from = table(["stage", "fingerprint", "reads", "code", "made"], rows)
+    return f'<section><h2>Lineage</h2>{came_from}<h3>machine</h3><div class="why">{told}</div></section>' if rows else ""
 
 
 def _configs(run: Run) -> str:
@@ -315,17 +301,6 @@ def _configs(run: Run) -> str:
 
 
 # -- small pieces
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """A table; cells are HTML that was escaped already."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        marks = [' class="n"' if index in numeric else "" for index in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, cells, strict=True)) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table>{line([escape(cell) for cell in head], "th")}{body}</table></div>'
 
 
 def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:

@@ -24,7 +24,7 @@ th { text-align: left; color: var(--soft); font-weight: 600; font-size: 13px; }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 td div { overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; }
+td.n, th.n { text-align: right; white-space: nowrap; }
 a { color: var(--accent); }
 code, pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px;
@@ -61,5 +61,31 @@ svg .point:hover circle { opacity: 1; }
 .why { color: var(--soft); font-size: 13px; }
 details { margin: 6px 0; } summary { cursor: pointer; }
 .note { border-left: 3px solid var(--bad); padding: 2px 12px; margin: 8px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+h4 { font-size: 15px; margin: 16px 0 6px; font-weight: 600; }
+h4 .about { display: block; color: var(--soft); font-weight: 400; font-size: 13px; font-variant-numeric: tabular-nums; }
+.legend { font-weight: 400; margin-left: 10px; }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-left: 8px; }
+.key.kept { background: var(--accent); } .key.lost { background: var(--bad); opacity: 0.55; }
+.key.limit { background: none; border-left: 2px dashed var(--warn); width: 2px; border-radius: 0; }
+.histograms { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 20px 24px; }
+.histogram { display: flex; flex-direction: column; justify-content: space-between; }
+.histogram .why { font-variant-numeric: tabular-nums; } .histogram .rule { color: var(--warn); }
+svg rect.kept { fill: var(--accent); } svg rect.lost { fill: var(--bad); opacity: 0.55; }
+svg line.limit { stroke: var(--warn); stroke-width: 1.5; stroke-dasharray: 4 3; } svg text.limit { fill: var(--warn); }
+.reasons { display: flex; flex-wrap: wrap; gap: 4px 30px; } .reason { max-width: 100%; }
+.sheet-flow { display: flex; flex-wrap: wrap; gap: 14px 12px; } .sheet-flow .cell { width: 152px; }
+.sheet-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 18px 16px; }
+.cell figcaption { font-size: 12.5px; line-height: 1.4; color: var(--soft); margin-top: 5px; overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums; }
+.cell figcaption b { color: var(--ink); font-weight: 500; }
+.sheet-grid .cell figcaption > div:first-child { color: var(--ink); }
+.strip { display: flex; gap: 2px; height: 104px; background: var(--paper); border-radius: 6px; overflow: hidden; }
+.strip img { flex: 1; min-width: 0; height: 100%; object-fit: contain; image-rendering: auto; }
+.strip.absent { align-items: center; justify-content: center; text-align: center; border: 1px dashed var(--line);
+  color: var(--soft); font-size: 12.5px; line-height: 1.35; padding: 8px; overflow-wrap: anywhere; }
+.sheet-grid .strip { height: 84px; }
+.cell .scores { display: grid; grid-template-columns: 1fr 1fr; column-gap: 16px; font-size: 11.5px;
+  line-height: 1.45; margin-top: 3px; }
+.scores b { white-space: nowrap; } .scores span { display: flex; justify-content: space-between; gap: 6px; }
 footer { color: var(--soft); font-size: 13px; margin-top: 24px; }
 """

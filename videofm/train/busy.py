@@ -40,11 +40,12 @@ class BusyTime:
         return seconds
 
 
-def slowest_rank(mesh: Mesh, busy: float) -> float:
-    """The largest `busy` of the ranks over their mean: 1 where none waits for another. Every rank calls it."""
+def slowest_rank(mesh: Mesh, busy: float, num_replaced: int = 0) -> tuple[float, int]:
+    """The largest `busy` of the ranks over their mean, 1 where none waits for another, and the sum of `num_replaced` over the
+    ranks that read. Every rank calls it."""
     if mesh.data_degree == 1:
-        return 1.0
-    seconds = torch.zeros(mesh.data_degree, dtype=torch.float64, device=mesh.device)
-    seconds[mesh.data_rank] = busy
+        return 1.0, num_replaced
+    seconds = torch.zeros(mesh.data_degree + 1, dtype=torch.float64, device=mesh.device)
+    seconds[mesh.data_rank], seconds[-1] = busy, num_replaced
     mesh.sum(seconds)
-    return float(seconds.max() / seconds.mean())
+    return float(seconds[:-1].max() / seconds[:-1].mean()), int(seconds[-1])

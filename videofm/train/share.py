@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from videofm.data.identity import DEFAULTS, flat
 from videofm.data.loader import Step, StepLoader
 from videofm.data.plan import PlanState
 from videofm.errors import DataError, ParallelError
@@ -43,7 +44,7 @@ def shared_steps(loader: StepLoader, state: PlanState, mesh: Mesh) -> Iterator[S
     else:
         for step in loader.plan.steps(state):
             count = len(step.share(mesh.data_rank, mesh.data_degree))
-            yield Step([share_batch(None, mesh) for _ in range(count)], step.num_samples, step.after)
+            yield Step([share_batch(None, mesh) for _ in range(count)], step.num_samples, step.after, fill=step.fill)
 
 
 def _tell(steps: Iterator[Step], mesh: Mesh) -> Iterator[Step]:
@@ -53,7 +54,7 @@ def _tell(steps: Iterator[Step], mesh: Mesh) -> Iterator[Step]:
         except DataError as error:
             _share_text(json.dumps({"error": str(error)}), mesh)
             raise
-        yield Step([share_batch(batch, mesh) for batch in step.batches], step.num_samples, step.after)
+        yield replace(step, batches=[share_batch(batch, mesh) for batch in step.batches])
 
 
 def share_batch(batch: Batch | None, mesh: Mesh) -> Batch:
@@ -66,7 +67,12 @@ def share_batch(batch: Batch | None, mesh: Mesh) -> Batch:
     found = json.loads(_share_text(described, mesh))
     if "error" in found:
         raise DataError(f"{found['error']} (read by rank {mesh.leader})")
-    values: dict[str, Any] = found["values"]
+    return _share_tensors(batch, found, mesh)
+
+
+def _share_tensors(batch: Batch | None, found: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """The batch that `found` describes, and its parts."""
+    values: dict[str, Any] = dict(found["values"])
     for name, (dtype, shape) in found["tensors"].items():
         if batch is not None:
             tensor = getattr(batch, name).to(mesh.device).contiguous()
@@ -74,17 +80,25 @@ def share_batch(batch: Batch | None, mesh: Mesh) -> Batch:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=mesh.device)
         _broadcast(tensor, mesh)
         values[name] = tensor
+    parts = batch.parts if batch is not None else [None] * len(found["parts"])
+    values["parts"] = tuple(_share_tensors(part, told, mesh) for part, told in zip(parts, found["parts"], strict=True))
     return Batch(**values)
 
 
 def _describe(batch: Batch) -> dict[str, Any]:
     """What is told before the tensors: their types and shapes, and all that is no tensor."""
-    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
+    held = _held(batch)
+    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     return {
         "tensors": {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()},
-        "values": {name: value for name, value in parts.items() if name not in tensors},
+        "values": {name: value for name, value in held.items() if name not in tensors},
+        "parts": [_describe(part) for part in batch.parts],
     }
+
+
+def _held(batch: Batch) -> dict[str, Any]:
+    """The fields of a batch but its parts."""
+    return {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "parts"}
 
 
 def _share_text(text: str, mesh: Mesh) -> str:
@@ -102,6 +116,32 @@ def _share_text(text: str, mesh: Mesh) -> str:
 def _broadcast(tensor: Tensor, mesh: Mesh) -> None:
     with naming("broadcast of a batch", mesh.sample_group):
         dist.broadcast(tensor, mesh.leader, group=mesh.sample_group)
+
+
+def compare_orders(identity: Mapping[str, Any], mesh: Mesh) -> None:
+    """See that all ranks read one order: each has loaded the manifests and the views by itself.
+
+    Args:
+        identity: `DataPlan.identity` of this rank.
+        mesh: all ranks of it call.
+
+    Raises:
+        ParallelError: ranks differ; the message has the fields in which they do, and the ranks.
+    """
+    if mesh.world_size == 1:
+        return
+    fields = flat({**DEFAULTS, **identity})
+    found: list[str] = []
+    for held in ({"the list of fields": sorted(fields)}, {name: fields[name] for name in sorted(fields)}):
+        differs = _differences(held.values(), dist.group.WORLD, mesh.device)
+        for name, ranks in zip(held, differs.T, strict=True):
+            if ranks.any():
+                found.append(f"{name} (that of rank 0 is not that of {_ranks(ranks.nonzero().flatten().tolist())})")
+        if found:
+            raise ParallelError(
+                f"ranks read other orders of samples: they differ in {'; '.join(found)}. Give every node the same datasets and "
+                "views, let nothing change them while a run starts, and start again"
+            )
 
 
 def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Mapping[str, Tensor], mesh: Mesh) -> None:
@@ -124,7 +164,9 @@ def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Ma
         return
     read: dict[str, Any] = {}
     for index, batch in enumerate(batches):
-        read |= {f"{field.name} of micro-batch {index}": getattr(batch, field.name) for field in fields(batch)}
+        read |= {f"{name} of micro-batch {index}": value for name, value in _held(batch).items()}
+        for number, part in enumerate(batch.parts):
+            read |= {f"{name} of part {number} of micro-batch {index}": value for name, value in _held(part).items()}
     _compare(step, read, mesh.sample_group, mesh.device)
     whole = [name for name, weight in weights.items() if weight.shape == getattr(weight, "ds_shape", weight.shape)]
     if mesh.context_degree > 1 and whole:
@@ -134,22 +176,31 @@ def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Ma
 
 
 def _compare(step: int, held: Mapping[str, Any], group: dist.ProcessGroup, device: torch.device) -> None:
-    mine = torch.tensor([digest(value) for value in held.values()], device=device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    with naming("comparison of digests", group):
-        dist.all_gather(found, mine, group=group)
-    differs = (torch.stack(found) != found[0]).cpu()  # (ranks, things)
+    differs = _differences(held.values(), group, device)
     if not differs.any():
         return
     ranks = dist.get_process_group_ranks(group)
     thing = int(differs.any(dim=0).nonzero()[0])
-    others = [str(ranks[index]) for index in differs[:, thing].nonzero().flatten().tolist()]
+    others = _ranks([ranks[index] for index in differs[:, thing].nonzero().flatten().tolist()])
     raise ParallelError(
-        f"after step {step} rank{'s' * (len(others) > 1)} {', '.join(others)} and rank {ranks[0]} differ in "
+        f"after step {step} {others} and rank {ranks[0]} differ in "
         f"{list(held)[thing]}, which ranks that share samples must hold alike: the run cannot be trusted from here. Resume "
         "from the last checkpoint; if it happens again, look for draws or kernels that depend on the rank, or for a faulty "
         "device."
     )
+
+
+def _differences(values: Iterable[Any], group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
+    """Whether what a rank of the group holds is other than what its first one holds: bool `(ranks, values)`, on the CPU."""
+    mine = torch.tensor([digest(value) for value in values], device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    with naming("comparison of digests", group):
+        dist.all_gather(found, mine, group=group)
+    return (torch.stack(found) != found[0]).cpu()
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def digest(value: Any) -> int:

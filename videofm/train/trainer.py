@@ -34,6 +34,8 @@ def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanSta
     Metrics of a step's speed are those of `speed.with_speed`, and `slowest_rank`: over ranks the largest time over the mean
     time of waiting for data and of the forward passes. A step ends for all ranks at once, when their gradients have met: what
     one rank waits for another shows there alone. (ZeRO 3 meets in the forward passes too, and hides part of it.)
+    `data/pack_fill`, where clips are packed, is the share of the packs' tokens that the step uses. `data/replaced`, where there
+    are some, counts the samples of the step that took the place of clips that cannot be read.
 
     Raises:
         Interrupted: a stop was asked for; the callbacks have saved.
@@ -47,9 +49,13 @@ def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanSta
         position = step.after
         _compare(job, step)
         busy = data_wait + sum(engine.busy.take() for engine in job.engines.values())
-        slowest = slowest_rank(job.mesh, busy)
+        slowest, num_replaced = slowest_rank(job.mesh, busy, step.num_replaced)
         metrics = with_speed(metrics, step.num_samples, time.perf_counter() - started, data_wait, job.mesh, peak)
         metrics["slowest_rank"] = slowest
+        if step.fill is not None:
+            metrics["data/pack_fill"] = step.fill
+        if num_replaced:
+            metrics["data/replaced"] = float(num_replaced)
         for callback in callbacks:
             callback.after_step(job, position, metrics)
         if job.mesh.any_rank(job.run.stop_requested) and position.step < job.config.trainer.max_steps:

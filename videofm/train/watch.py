@@ -85,14 +85,18 @@ class HeldOut:
             DataError: the split has no clip of the configured size.
         """
         self.config = config
-        changes = {"split": config.split, "num_workers": 0, "verify_checksums": False}
-        self._loader = StepLoader(job.config.data.model_copy(update=changes), job.config.seed)
+        # Clips of one size at a time; a pack gives the same loss.
+        data = job.config.data
+        changes: dict[str, Any] = {"split": config.split, "num_workers": 0, "packing": None}
+        if data.mix is not None:  # a dataset's own split is that of the training
+            changes["mix"] = [source.model_copy(update={"split": None}) for source in data.mix]
+        self._loader = StepLoader(data.model_copy(update=changes), job.config.seed)
 
     def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
         """Measure where the count says so."""
         if not _is_due(job, position, self.config.every):
             return
-        num_clips = min(self.config.num_clips, len(self._loader.plan.records))
+        num_clips = self._loader.plan.num_usable(self.config.num_clips)
         batches = (batch.to(job.mesh.device) for batch in first_clips(self._loader.first_clips(), num_clips))
         objective = FlowMatchingObjective(_flow_matching(job))
         with _as_shipped(job):

@@ -21,7 +21,6 @@ from torch import nn
 from videofm.config.autoencoder import AutoencoderConfig
 from videofm.config.train import TrainConfig
 from videofm.data.buckets import describe_steps
-from videofm.data.loader import StepLoader
 from videofm.errors import Interrupted, VideofmError
 from videofm.parallel.collectives import naming
 from videofm.parallel.mesh import Mesh, create_mesh, destroy_mesh
@@ -29,7 +28,9 @@ from videofm.progress import LOG, setup_logging
 from videofm.run_dir import RunDirectory, write_json
 from videofm.train import callbacks, state, watch
 from videofm.train.build import Job, build_job, build_models, build_objective, fate, pick_device, split_heads, trained_roles
+from videofm.train.cached import OnlineCounts, SpotCheck, open_loader
 from videofm.train.optim import num_elements
+from videofm.train.share import compare_orders
 from videofm.train.trainer import Callback, fit
 
 
@@ -53,7 +54,8 @@ def train(config: TrainConfig, run: RunDirectory, attempt: int) -> None:
 
 def _train_on(mesh: Mesh, config: TrainConfig, run: RunDirectory, attempt: int, models: Mapping[str, nn.Module]) -> None:
     objective = build_objective(config)
-    loader = StepLoader(config.data, config.seed, mesh.data_rank, mesh.data_degree)
+    loader = open_loader(config, mesh, models, run.path / "quarantine.jsonl")
+    compare_orders(loader.plan.identity, mesh)
     state.save_bases(run, models, mesh)
     folder = state.resume_folder(run)
     if folder is not None:
@@ -62,6 +64,8 @@ def _train_on(mesh: Mesh, config: TrainConfig, run: RunDirectory, attempt: int, 
     _describe(job, folder)
     position = state.load_state(job, folder) if folder is not None else state.PlanState()
     state.save_frozen(job)
+    if config.data.cache is not None:
+        SpotCheck(job).check(job, position)
     fit(job, position, _callbacks(job, position.step, attempt))
 
 
@@ -94,6 +98,10 @@ def watching(job: Job) -> list[Callback]:
         found.append(watch.Samples(samples))
     if (held_out := job.config.held_out) is not None:
         found.append(watch.HeldOut(held_out, job))
+    if job.config.data.cache is not None:
+        found.append(SpotCheck(job))
+    if job.config.data.online is not None:
+        found.append(OnlineCounts(job))
     return found
 
 
@@ -105,11 +113,11 @@ def _describe(job: Job, folder: Path | None) -> None:
         trained = fate(model, role in job.trained_roles)
         LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", trained)
     plan = job.loader.plan
-    LOG.info("%d clips; steps of %s", len(plan.records), describe_steps(job.config.data))
+    LOG.info("%s clips; steps of %s", f"{plan.num_clips:,}", describe_steps(job.config.data))
     if job.mesh.world_size > 1:
         LOG.info("%s, ZeRO stage %d", job.mesh.layout.describe(), job.config.parallel.zero_stage)
-    for reason, number in plan.left_out.most_common():
-        LOG.warning("in no bucket: %d clips (%s)", number, reason)
+    for line in plan.left_out():
+        LOG.warning(line)
     LOG.info("resuming from %s" if folder else "a new run", *([folder.name] if folder else []))
 
 

@@ -24,14 +24,15 @@ import torch
 from pydantic import ValidationError
 
 from tests.demo_shards import write_mixed_shards
+from tests.unit.data.datasets import plan_of, usable
 from videofm.cli import main
 from videofm.config.data import DataConfig
 from videofm.data import decode
 from videofm.data.bucket_report import as_text, report
 from videofm.data.buckets import Buckets, Placement, covering, describe_steps
+from videofm.data.draws import Clip, PlanState, Shape
 from videofm.data.index import ClipRecord
 from videofm.data.loader import StepLoader, resize, video_tensor
-from videofm.data.plan import DataPlan, PlanState
 from videofm.data.shards import read_clip
 from videofm.errors import CheckpointError, ConfigError, DataError
 
@@ -71,7 +72,7 @@ def sample_ids(steps) -> list:
 
 
 def where(buckets: Buckets, num_frames: int, height: int, width: int) -> str:
-    place = buckets.place(record(num_frames, height, width))
+    place = buckets.place(Shape(num_frames, height, width))
     return str(place.bucket) if isinstance(place, Placement) else place
 
 
@@ -164,8 +165,9 @@ def test_every_clip_comes_once_an_epoch(mode):
     What falls nowhere is counted: the 49 clips of 8x8, and the 28 of 16x40 with fewer than 9 frames, which only 1x16x16 is
     small enough for, with 60% cut off.
     """
-    plan = DataPlan(records(), "h", config(**MODES[mode]), 0)
-    assert sorted(plan.left_out.values()) == [28, 49] and len(plan.records) == 400 - 49 - 28
+    plan = plan_of(records(), "h", config(**MODES[mode]), 0)
+    (source,) = plan.sources.values()
+    assert sorted(source.survey().left_out.values()) == [28, 49] and len(usable(plan)) == 400 - 49 - 28
     largest: dict[int, int] = {}
     for bucket in plan.buckets.all:
         largest[bucket.cost_class] = max(largest.get(bucket.cost_class, 0), bucket.micro_batch_size)
@@ -175,10 +177,10 @@ def test_every_clip_comes_once_an_epoch(mode):
     for step in islice(plan.steps(), 120):
         if (step.after.epoch, step.after.window) != (before.epoch, before.window):
             edges += 1
-            carry = set(step.after.carry)
+            carry = {clip[:2] for clip in step.after.carry}
             assert len(carry) <= bound and not carry & drawn.keys()
             for epoch in range(step.after.epoch):
-                assert {key for key, of in drawn.keys() | carry if of == epoch} == plan.records.keys()
+                assert {key for key, of in drawn.keys() | carry if of == epoch} == usable(plan).keys()
         drawn.update((draw.key, draw.epoch) for batch in step.micro_batches for draw in batch)
         before = step.after
     assert max(drawn.values()) == 1 and edges >= 5
@@ -186,22 +188,22 @@ def test_every_clip_comes_once_an_epoch(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resuming_after_any_step_gives_the_same_order(mode):
-    plan = DataPlan(records(), "h", config(**MODES[mode]), 5)
+    plan = plan_of(records(), "h", config(**MODES[mode]), 5)
     straight = list(islice(plan.steps(), 64))
     assert straight[-1].after.epoch >= 2 and any(step.after.carry for step in straight)
-    other = DataPlan(records()[::-1], "h", config(**{"sizes": sizes()[::-1], **MODES[mode]}), 5)
+    other = plan_of(records()[::-1], "h", config(**{"sizes": sizes()[::-1], **MODES[mode]}), 5)
     for k in range(60):
         state = straight[k - 1].after if k else PlanState()
         restored = PlanState.from_json(json.loads(json.dumps(state.to_json())))
         assert list(islice(other.steps(restored), 4)) == straight[k : k + 4]
-    assert sample_ids(islice(DataPlan(records(), "h", config(**MODES[mode]), 6).steps(), 8)) != sample_ids(straight[:8])
+    assert sample_ids(islice(plan_of(records(), "h", config(**MODES[mode]), 6).steps(), 8)) != sample_ids(straight[:8])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_of_a_step_cost_the_same(mode):
     """Each has one size and costs no more than the budget; for 1, 2 or 4 ranks every rank gets as many, of equal cost in each
     round, to the tolerance. Clips are long and large enough for their size."""
-    plan = DataPlan(records(), "h", config(**MODES[mode]), 1)
+    plan = plan_of(records(), "h", config(**MODES[mode]), 1)
     cost = {str(bucket): bucket.cost for bucket in plan.buckets.all}
     full = {str(bucket): bucket.micro_batch_size for bucket in plan.buckets.all}
     seen, mixed = set(), 0
@@ -212,7 +214,7 @@ def test_micro_batches_of_a_step_cost_the_same(mode):
             names.append((name, len(batch), len(batch) * cost[name]))
             assert len(batch) * cost[name] <= plan.buckets.budget
             for draw in batch:
-                stored = plan.records[draw.key]
+                stored = plan.record(draw)
                 assert draw.frames[-1] < stored.num_frames and draw.resized <= (stored.height, stored.width)
                 assert 0 <= draw.top <= draw.resized[0] - draw.height and 0 <= draw.left <= draw.resized[1] - draw.width
         assert all(size == full[name] for name, size, _ in names[:4])
@@ -233,7 +235,7 @@ def test_buckets_take_steps_by_their_clips():
     """With 24 clips of 9x32x32 and 24 of 9x16x32 an epoch has 24 / (4 * 2) = 3 and 24 / (4 * 4) = 1.5 steps; over 6 epochs 18
     and 9. They are mixed: not one after the other."""
     clips = [record(9, *((32, 32) if i % 2 else (16, 32)), i) for i in range(48)]
-    steps = list(islice(DataPlan(clips, "h", config({"window_shards": 9}), 0).steps(), 27))
+    steps = list(islice(plan_of(clips, "h", config({"window_shards": 9}), 0).steps(), 27))
     heights = [step.micro_batches[0][0].height for step in steps]
     assert heights.count(32) == 18 and heights.count(16) == 9 and steps[-1].after.epoch == 5
     assert heights != sorted(heights) and heights != sorted(heights, reverse=True)
@@ -243,7 +245,7 @@ def test_steps_of_one_kind_do_not_follow_each_other():
     """Videos of the dearest size take no images, whose 8 steps come among the 24 of videos: at random 4 of the first half of an
     epoch's 32, and none or all with chance 2 * C(16, 8) / C(32, 8) = 0.002."""
     clips = [record(9, 32, 32, i) for i in range(8 * 24)] + [record(1, 32, 32, 200 + i) for i in range(28 * 8)]
-    plan = DataPlan(clips, "h", config({"window_shards": 9}, image_padding=True), 0)
+    plan = plan_of(clips, "h", config({"window_shards": 9}, image_padding=True), 0)
     steps = list(islice(plan.steps(), 32))
     images = [step.micro_batches[0][0].num_frames == 1 for step in steps]
     assert sum(images) == 8 and 0 < sum(images[:16]) < 8 and steps[-1].after.epoch == 0
@@ -253,11 +255,13 @@ def test_a_share_of_the_videos_are_images_and_others_in_each_epoch():
     """Of 300 videos over 8 epochs 30% are images, to 4.5 standard errors: 4.5 * sqrt(0.3 * 0.7 / 2400) = 0.042. Each draw is an
     image with the same chance: a clip is never one in all 8 with probability 0.7^8 = 5.8%, so in about 17 of 300."""
     clips = [record(12, 40, 48, i) for i in range(300)]
-    plan = DataPlan(clips, "h", config(image_share=0.3), 0)
-    image = [[plan.bucket_of(clip.key, epoch).num_frames == 1 for epoch in range(8)] for clip in clips]
+    plan = plan_of(clips, "h", config(image_share=0.3), 0)
+    (source,) = plan.sources.values()
+    buckets = [[source.bucket_of(Clip(clip.key, epoch, 0, Shape(12, 40, 48))) for epoch in range(8)] for clip in clips]
+    image = [[bucket.num_frames == 1 for bucket in row] for row in buckets]
     assert abs(sum(map(sum, image)) / 2400 - 0.3) < 0.042
     assert 4 <= sum(not any(row) for row in image) <= 36
-    assert {str(plan.bucket_of(clip.key, 0)) for clip in clips} == {"9x32x32", "1x32x32"}
+    assert {str(row[0]) for row in buckets} == {"9x32x32", "1x32x32"}
     starts = {
         draw.start_frame for step in islice(plan.steps(), 40) for b in step.micro_batches for draw in b if draw.num_frames == 1
     }
@@ -270,9 +274,10 @@ def test_padding_evens_steps():
     than without."""
     spreads = {}
     for padding in (False, True):
-        plan = DataPlan(records(2000), "h", config({"window_shards": 9}, image_share=0.5, image_padding=padding), 0)
-        packed = plan.packed(PlanState())
-        spreads[padding] = report(plan).spread
+        plan = plan_of(records(2000), "h", config({"window_shards": 9}, image_share=0.5, image_padding=padding), 0)
+        (source,) = plan.sources.values()
+        packed = source.packed(PlanState())
+        spreads[padding] = report(source).spread
     target = max(bucket.micro_batch_cost for bucket in plan.buckets.all)
     steps = [step for step in packed.steps if step[0].bucket.num_frames > 1]
     padded = [step for step in steps if len(step) == 8]
@@ -283,7 +288,7 @@ def test_padding_evens_steps():
         assert costs[id(step)] <= target
         before = costs[id(step)] - step[4].bucket.cost
         assert all(before <= costs[id(other)] for other in steps)
-    left = Counter(plan.bucket_of(*clip) for clip in packed.rest if plan.bucket_of(*clip).num_frames == 1)
+    left = Counter(source.bucket_of(clip) for clip in packed.rest if source.bucket_of(clip).num_frames == 1)
     left.update(b.bucket for step in packed.steps if step[0].bucket.num_frames == 1 for b in step for _ in b.clips)
     for step in padded:
         assert left[step[4].bucket] < 4 or costs[id(step)] + step[4].bucket.cost > target
@@ -291,13 +296,13 @@ def test_padding_evens_steps():
 
 
 def test_another_order_is_refused_by_field():
-    plain = DataPlan(records(), "h", config({"buckets": None, "crop": "random"}), 0)
+    plain = plan_of(records(), "h", config({"buckets": None, "crop": "random"}), 0)
     assert "buckets" not in plain.identity
-    before = DataPlan(records(), "h", config(), 0)
+    before = plan_of(records(), "h", config(), 0)
     before.check(json.loads(json.dumps(before.identity)))
-    before.check(DataPlan(records(), "h", config(sizes=sizes()[::-1]), 0).identity)
+    before.check(plan_of(records(), "h", config(sizes=sizes()[::-1]), 0).identity)
     with pytest.raises(CheckpointError, match=r"buckets.tolerance was 0.0, now 0.1\. "):
-        DataPlan(records(), "h", config(tolerance=0.1), 0).check(before.identity)
+        plan_of(records(), "h", config(tolerance=0.1), 0).check(before.identity)
     with pytest.raises(CheckpointError, match="buckets was None, now None|buckets.sizes was None, now "):
         before.check(plain.identity)
     with pytest.raises(CheckpointError, match=r"buckets.sizes was \[.*, now None"):
@@ -332,7 +337,7 @@ def test_budgets_that_do_not_fit():
 
 def test_a_dataset_that_falls_nowhere():
     with pytest.raises(DataError, match=r"falls into a bucket \(3: smaller than .*; 1: more than 50% .*smaller or shorter"):
-        DataPlan([*[record(9, 8, 8, i) for i in range(3)], record(9, 16, 100, 4)], "h", config(), 0)
+        plan_of([*[record(9, 8, 8, i) for i in range(3)], record(9, 16, 100, 4)], "h", config(), 0)
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +367,7 @@ def test_batches_hold_the_pixels_that_the_plan_names(shards, changes):
             assert batch.num_step_samples == step.num_samples == sum(map(len, plan.micro_batches))
             shapes.add(tuple(batch.video.shape[2:]))
             for draw, video in zip(draws, batch.video, strict=True):
-                frames = decoder.read(read_clip(shards, loader.plan.records[draw.key]), draw.frames)
+                frames = decoder.read(read_clip(shards, loader.plan.record(draw)), draw.frames)
                 rows, columns = slice(draw.top, draw.top + draw.height), slice(draw.left, draw.left + draw.width)
                 assert torch.equal(video, video_tensor(resize(frames, *draw.resized)[None, :, rows, columns])[0])
     assert shapes == {(9, 32, 32), (5, 32, 32), (9, 16, 32), (9, 32, 16), (1, 16, 16)}
@@ -376,17 +381,17 @@ def test_the_report_adds_up():
     """Clips of the buckets and of none make the dataset; shares of steps make 1. 40 clips of 9x32x32 and 40 of 9x16x32 make 5
     and 2.5 steps an epoch, in which a rank with one of four micro-batches has 142.08 and 119.04: max/mean =
     142.08 * 3 / (2 * 142.08 + 119.04)."""
-    plan = DataPlan(records(), "h", config(), 0)
-    found = report(plan)
+    plan = plan_of(records(), "h", config(), 0)
+    found = report(plan.sources[""])
     assert sum(row.clips for row in found.rows) == pytest.approx(323) and found.left_out.total() == 77
     assert sum(row.step_share for row in found.rows) == pytest.approx(1) and found.idle_share == pytest.approx(0)
-    two = report(DataPlan([record(9, *((32, 32) if i % 2 else (16, 40)), i) for i in range(80)], "h", config(), 0))
+    two = report(plan_of([record(9, *((32, 32) if i % 2 else (16, 40)), i) for i in range(80)], "h", config(), 0).sources[""])
     assert two.spread == pytest.approx(142.08 * 3 / (2 * 142.08 + 119.04), abs=0.003)
     shares = {str(row.bucket): (row.clips, row.step_share, row.cropped) for row in two.rows if row.clips}
     assert shares["9x32x32"] == pytest.approx((40, 2 / 3, 0), abs=0.01)
     assert shares["9x16x32"] == pytest.approx((40, 1 / 3, 0.2), abs=0.01), "8 of 40 columns are cut off"
     assert two.mean_cost == pytest.approx((2 * 142.08 + 119.04) / 3, rel=0.01) and two.max_cost == pytest.approx(142.08)
-    tolerant = report(DataPlan(records(), "h", config(tolerance=0.1), 0))
+    tolerant = report(plan_of(records(), "h", config(tolerance=0.1), 0).sources[""])
     assert 0 < tolerant.idle_share < 0.1 and tolerant.largest_carry < found.largest_carry
     assert (
         "2 clips of 9x32x32" in describe_steps(config()) and describe_steps(config({"buckets": None})) == "8 clips of 9x32x32"
@@ -422,6 +427,6 @@ def test_the_report_of_a_train_config(shards, tmp_path, capsys, monkeypatch):
 
 
 def test_padding_stands_in_the_report():
-    plan = DataPlan(records(), "h", config(image_share=0.5, image_padding=True), 0)
-    found = report(plan)
-    assert found.num_padding_images > 0 and "images given to steps of videos: " in as_text(plan, found)
+    plan = plan_of(records(), "h", config(image_share=0.5, image_padding=True), 0)
+    found = report(plan.sources[""])
+    assert found.num_padding_images > 0 and "images given to steps of videos: " in as_text(plan.sources[""], found)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from tests.unit.data_pipelines import media
 from videofm.data import decode
 from videofm.errors import ConfigError, DataError
 
@@ -85,6 +87,74 @@ def test_rotation_is_applied(decoder, tmp_path):
     assert (decoder.probe(path).height, decoder.probe(path).width) == (64, 32)
 
 
+def _odd(kind: str, folder: Path) -> tuple[Path, list[int]]:
+    """A file that no curation of ours would leave so, and the codes of the frames that a player shows, in order."""
+    frames, every = media.coded(), list(range(media.NUM_FRAMES))
+    plain = {"bf": "2"}
+    if kind == "pyramid":  # B-frames that others refer to: decode order is far from presentation order
+        return media.write(folder / "x.mp4", frames, options={"bf": "5", "x264-params": "b-pyramid=normal:b-adapt=0"}), every
+    if kind == "open-groups":
+        params = "open-gop=1:keyint=8:min-keyint=8:bframes=3:b-adapt=0:scenecut=0"
+        return media.write(folder / "x.mp4", frames, options={"bf": "3", "x264-params": params}), every
+    if kind == "variable-rate":
+        times = [40 * i + (400 if i > 9 else 0) + 7 * (i % 3) for i in every]
+        return media.write(folder / "x.mp4", frames, options=plain, pts=times), every
+    whole = media.write(folder / "whole.mp4", frames, options=plain)
+    if kind == "edit-list":  # as a cut without re-encoding leaves it: five frames are there, but not shown
+        return media.copy(whole, folder / "x.mp4", shift=-5), every[5:]
+    if kind == "edit-list-past-a-key-frame":
+        return media.copy(whole, folder / "x.mp4", shift=-11), every[11:]
+    if kind == "late-start":
+        return media.copy(whole, folder / "x.mp4", shift=50), every
+    return media.copy(whole, folder / f"x.{kind}", shift=100 if kind == "ts" else 0), every
+
+
+KINDS = ("pyramid", "open-groups", "variable-rate", "edit-list", "edit-list-past-a-key-frame", "late-start", "ts", "mkv")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in decode.ORDER if name not in decode.OWN_CLIPS_ONLY])
+def test_files_of_others_give_exactly_the_frames_asked_for(name, kind, tmp_path):
+    """Invariant 11 for foreign files, from bytes as the loader reads them. The truth is the code that each frame shows."""
+    path, shown = _odd(kind, tmp_path)
+    decoder, content, last = decode.get(name), path.read_bytes(), len(shown) - 1
+    assert decoder.probe(path).num_frames == len(shown)
+    several = ([0], [last], range(len(shown)), range(1, last, 3), [last, 0, 7, 7, 3, last - 1])
+    for wanted in [*several, *([index] for index in range(len(shown)))]:
+        assert [media.code(frame) for frame in decoder.read(content, wanted)] == [shown[index] for index in wanted]
+    with pytest.raises(DataError, match=f"the video has {len(shown)} "):
+        decoder.read(content, [len(shown)])
+
+
+@pytest.mark.parametrize("name", decode.OWN_CLIPS_ONLY)
+def test_files_of_others_are_not_for_decoders_that_err(name, tmp_path):
+    """Where this fails, the library has learnt it and may leave the list."""
+    if decode.get(name).unavailable():
+        pytest.skip(decode.get(name).unavailable())
+    errors = 0
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        path, shown = _odd(kind, tmp_path / kind)
+        for index in range(len(shown)):
+            with suppress(DataError):
+                errors += media.code(decode.get(name).read(path.read_bytes(), [index])[0]) != shown[index]
+    assert errors
+    with pytest.raises(
+        ConfigError, match=f"decoder {name!r} returns wrong frames of files that `videofm curate` did not encode"
+    ):
+        decode.choose(name, canonical=False)
+
+
+def test_auto_takes_none_of_them_for_files_of_others(monkeypatch):
+    assert decode.choose("auto", canonical=False).name == "pyav"
+    monkeypatch.setattr(decode.get("pyav"), "unavailable", lambda: "not here", raising=False)
+    match = "torchcodec: not for files that `videofm curate` did not encode; decord: not for files"
+    with pytest.raises(DataError, match=match):
+        decode.choose("auto", canonical=False)
+    if any(decode.get(name).unavailable() is None for name in decode.OWN_CLIPS_ONLY):
+        assert decode.choose("auto", canonical=True).name in decode.OWN_CLIPS_ONLY
+
+
 def test_choose_names_the_rule_and_the_fix(monkeypatch):
     assert decode.choose("auto").name in decode.ORDER
     assert decode.choose("pyav").name == "pyav"
@@ -96,7 +166,7 @@ def test_choose_names_the_rule_and_the_fix(monkeypatch):
     monkeypatch.setattr(decode, "conformance", lambda name: "wrong frames")
     with pytest.raises(DataError, match="'pyav' failed its self-test: wrong frames"):
         decode.choose("pyav")
-    with pytest.raises(DataError, match="no video decoder works here. .*pyav: wrong frames; decord: it is not here"):
+    with pytest.raises(DataError, match="no video decoder works here. pyav: wrong frames; .*decord: it is not here"):
         decode.choose("auto")
 
 

@@ -6,20 +6,18 @@ import json
 import sys
 import time
 
-import numpy as np
 import pytest
 
-from data_pipelines import demo
 from data_pipelines.attempts import AttemptsLog
-from data_pipelines.groups import Job, process_group, split_position
+from data_pipelines.groups import process_group, split_position
 from data_pipelines.isolate import Isolate
 from data_pipelines.metrics import Funnel, StageMetrics, render
 from data_pipelines.rows import Loss, Row
+from tests.unit.data_pipelines.tiny_groups import STAGES, job, make_rows, report
+from videofm.data import storage
 from videofm.data.manifest import Manifest
-from videofm.errors import DataError
+from videofm.errors import DataError, TransientError
 from videofm.run_dir import RunDirectory
-
-STAGES = [{"kind": "filter", "min_motion": 0.0}, {"kind": "transcode", "height": 32, "width": 32, "fps": 25.0}]
 
 FAULTY_CHILD = """
 import os, signal, sys, time
@@ -56,55 +54,41 @@ def command(tmp_path):
     return [sys.executable, str(path)]
 
 
-def rows(tmp_path, *names):
-    rng = np.random.default_rng(0)
-    made = []
-    for number, name in enumerate(names):
-        path = tmp_path / f"{name}.mp4"
-        demo.write_video(path, demo.render_shot("red", "circle", "left", 12, 32, rng), 25)
-        made.append(Row(f"{number:024d}", path.name, str(path), path.stat().st_size))
-    return made
-
-
-def job(tmp_path, made, **changes):
-    facts = {
-        "folder": str(tmp_path / "out"), "group": "00000", "segment": 1, "rows": [row.to_json() for row in made],
-        "stages": STAGES, "pack": True, "config_hash": "c", "held_out": 0.0, "memory_mib": 512, "timeout": 2.0,
-        "max_attempts": 2,
-    }  # fmt: skip
-    return Job(**{**facts, **changes})
-
-
 def test_each_failure_costs_one_source(tmp_path, command):
-    made = rows(tmp_path, "good-1", "crash", "hang", "memory", "bug", "parent", "good-2")
+    made = make_rows(tmp_path, "good-1", "crash", "hang", "memory", "bug", "parent", "good-2")
     started = time.monotonic()
-    report = process_group(job(tmp_path, made), command)
+    assert process_group(job(tmp_path, made), command=command)
     assert time.monotonic() - started < 25
-    found = {loss["source"]: (loss["kind"], loss["stage"], loss["reason"], loss["detail"]) for loss in report["losses"]}
+    summary, losses = report(tmp_path)
+    found = {loss["source"]: (loss["kind"], loss["stage"], loss["reason"], loss["detail"]) for loss in losses}
     assert found.pop("crash.mp4") == (
         "quarantined", "transcode", "crash", "failed 2 times; the process was killed by SIGSEGV",
     )  # fmt: skip
-    assert found.pop("hang.mp4") == ("quarantined", "transcode", "timeout", "failed 2 times; no answer within 2 s")
+    hint = "for long sources set engine.chunk_seconds or raise engine.task_timeout"
+    assert found.pop("hang.mp4") == ("quarantined", "transcode", "timeout", f"failed 2 times; no answer within 2 s; {hint}")
     assert found.pop("memory.mp4")[:3] == ("quarantined", "transcode", "memory")
     assert found.pop("bug.mp4")[:3] == ("errors", "transcode", "KeyError")
     assert found.pop("parent.mp4")[2:] == ("crash", "failed 2 times; the parent of the decoding process ended with code -9")
     assert not found
     assert {record.source_id for record in Manifest.load(tmp_path / "out").records()} == {made[0].source_id, made[6].source_id}
-    for value in report["metrics"]:
-        StageMetrics.from_json(value).check()
+    stages = [StageMetrics.from_json(value) for value in summary.metrics]
+    for stage in stages:
+        stage.check()
+    assert [stage.retries for stage in stages] == [1, 2]  # the death outside of any stage counts for the first
 
 
 def test_source_that_failed_in_earlier_runs_is_not_tried_again(tmp_path, command):
     """The driver died twice while it worked on the second source: two starts without an end."""
-    made = rows(tmp_path, "good", "hang")
-    log = AttemptsLog(tmp_path / "out/attempts_log/1-00000.jsonl")
+    made = make_rows(tmp_path, "good", "hang")
+    log = AttemptsLog(tmp_path / "out/attempts_log/0-00000.jsonl")
     log.start(made[1].source_id)
     log.start(made[1].source_id)
     started = time.monotonic()
-    report = process_group(job(tmp_path, made, timeout=60.0), command)
+    assert process_group(job(tmp_path, made, task_timeout=60.0), command=command)
     assert time.monotonic() - started < 20
-    assert [(loss["source"], loss["reason"]) for loss in report["losses"]] == [("hang.mp4", "crash")]
-    assert "failed 2 times; in an earlier run" in report["losses"][0]["detail"]
+    _, losses = report(tmp_path)
+    assert [(loss["source"], loss["reason"]) for loss in losses] == [("hang.mp4", "crash")]
+    assert "failed 2 times; in an earlier run" in losses[0]["detail"]
 
 
 def test_attempts_log_survives_a_cut_line(tmp_path):
@@ -121,30 +105,84 @@ def test_attempts_log_survives_a_cut_line(tmp_path):
 
 
 def test_stop_request_commits_nothing(tmp_path, command):
-    made = rows(tmp_path, "good")
+    made = make_rows(tmp_path, "good")
     RunDirectory(tmp_path / "out").request_stop()
-    assert process_group(job(tmp_path, made), command) is None
+    assert not process_group(job(tmp_path, made), command=command)
     with pytest.raises(DataError, match="no committed shard"):
         Manifest.load(tmp_path / "out")
 
 
+def test_a_store_that_never_answers_is_given_up_in_the_fourth_run(tmp_path, monkeypatch):
+    """Three runs leave the group as it is, having asked for all its sources; then the dead one is lost, and told."""
+    made = [row.with_(source_id="9" * 24) for row in make_rows(tmp_path, "good")]
+    dead = [Row(f"{n:024d}", f"dead-{n}", f"https://gone.example.com/{n}.mp4", 0) for n in (7, 8)]
+    asked: list[str] = []
+
+    def silent(place, *_, **__):
+        asked.append(place)
+        raise TransientError("no answer")
+
+    monkeypatch.setattr(storage, "fetch", silent)
+    monkeypatch.setattr(storage, "exists", silent)
+    limits = {"task_timeout": 60.0}
+    for number in range(3):
+        with pytest.raises(TransientError, match="no answer"):
+            process_group(job(tmp_path, [*made, *dead], **limits))
+        assert asked == [row.path for row in dead] * (number + 1)
+        with pytest.raises(DataError, match="no committed shard"):
+            Manifest.load(tmp_path / "out")
+    assert process_group(job(tmp_path, [*made, *dead], **limits))
+    summary, losses = report(tmp_path)
+    assert [(loss["source"], loss["kind"], loss["reason"], loss["detail"]) for loss in losses] == [
+        (row.name, "quarantined", "unreachable", "in 4 runs; no answer") for row in dead
+    ]
+    first = StageMetrics.from_json(summary.metrics[0])
+    first.check()
+    assert (first.num_in, first.num_out) == (3, 1) and len(Manifest.load(tmp_path / "out").records()) == 1
+
+
 def test_same_group_twice_gives_the_same_bytes(tmp_path):
-    made = rows(tmp_path, "one", "two")
+    made = make_rows(tmp_path, "one", "two")
     hashes = []
     for name in ("a", "b"):
-        process_group(job(tmp_path, list(reversed(made)), folder=str(tmp_path / name)))
-        hashes.append(Manifest.load(tmp_path / name).hash)
+        process_group(job(tmp_path / name, list(reversed(made))))
+        hashes.append(Manifest.load(tmp_path / name / "out").hash)
     assert hashes[0] == hashes[1]
 
 
+def test_a_request_that_cannot_be_met_stops_the_group(tmp_path):
+    """A filter on a score that nobody measured says nothing about the clip: no clip is lost, and none passes."""
+    stages = [{"kind": "filter", "rules": [{"score": "beauty", "min": 0.5, "reason": "ugly"}]}, STAGES[1]]
+    made = make_rows(tmp_path, "one")
+    with pytest.raises(DataError, match=r"curation of one.mp4 cannot go on: filter: one.mp4 has no score 'beauty'"):
+        process_group(job(tmp_path, made, stages=stages, names=["filter", "transcode"]))
+    assert AttemptsLog(tmp_path / "out/attempts_log/0-00000.jsonl").failures(made[0].unit) == 0
+    with pytest.raises(DataError, match="no committed shard"):
+        Manifest.load(tmp_path / "out")
+
+
+def test_a_source_that_vanished_or_is_not_the_promised_one(tmp_path):
+    made = make_rows(tmp_path, "here", "gone", "other")
+    (tmp_path / "gone.mp4").unlink()
+    made[2] = made[2].with_(promised_sha256="0" * 64)
+    assert process_group(job(tmp_path, made))
+    summary, losses = report(tmp_path)
+    assert {loss["source"]: (loss["kind"], loss["reason"]) for loss in losses} == {
+        "gone.mp4": ("quarantined", "missing"), "other.mp4": ("quarantined", "checksum"),
+    }  # fmt: skip
+    for value in summary.metrics:
+        StageMetrics.from_json(value).check()
+    assert len(Manifest.load(tmp_path / "out").records()) == 1
+
+
 def test_header_and_rows_are_plain_json(tmp_path):
-    (made,) = rows(tmp_path, "one")
+    (made,) = make_rows(tmp_path, "one")
     assert Row.from_json(json.loads(json.dumps(made.to_json()))) == made
     (tmp_path / "scratch").mkdir()
     with Isolate(STAGES, tmp_path / "scratch", 512, 10.0) as isolate:
         result = isolate.run(made)
     assert result.failure is None and result.rows[0].clip is not None
-    assert [(stage["stage"], stage["in"], stage["made"]) for stage in result.stages] == [("filter", 1, 1), ("transcode", 1, 1)]
+    assert [(stage["stage"], stage["in"], stage["made"]) for stage in result.stages] == [("scores", 1, 1), ("transcode", 1, 1)]
 
 
 def test_split_position_spreads():
@@ -158,7 +196,7 @@ def test_funnel_counts_and_checks():
     probe = StageMetrics("probe", num_in=3, num_out=2, num_made=2)
     loss = Loss("quarantined", "probe", "x.mp4", "truncated")
     probe.lose(loss)
-    funnel.add_group([probe.to_json(), StageMetrics("split", num_in=2, num_out=2, num_made=7).to_json()], [vars(loss)])
+    funnel.add_group([probe.to_json(), StageMetrics("split", num_in=2, num_out=2, num_made=7).to_json()])
     funnel.check()
     assert funnel.reasons() == "probe: truncated (1)"
     text = render(funnel, "title", terminal=False)

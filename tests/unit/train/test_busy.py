@@ -25,13 +25,13 @@ class FakeEvent:
 
 
 class FakeMesh:
-    """Rank 1 of three whose busy times are 1, `busy` and 4 seconds."""
+    """Rank 1 of three whose busy times are 1, `busy` and 4 seconds; the others replaced 5 samples."""
 
     data_degree, data_rank, device = 3, 1, torch.device("cpu")
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         assert value[0] == value[2] == 0
-        return value.add_(torch.tensor([1.0, 0.0, 4.0]))
+        return value.add_(torch.tensor([1.0, 0.0, 4.0, 5.0]))
 
 
 def test_pieces_add_up_and_what_lies_between_does_not_count(monkeypatch):
@@ -60,7 +60,7 @@ def test_on_cuda_events_are_read_once_they_are_asked_for(monkeypatch):
 
 def test_the_largest_over_the_mean():
     """Of 1, 1 and 4 seconds 4 / 2; a rank alone waits for nobody, whatever it measures."""
-    assert slowest_rank(FakeMesh(), 1.0) == 2.0
+    assert slowest_rank(FakeMesh(), 1.0, 2) == (2.0, 7)
     alone = FakeMesh()
     alone.data_degree = 1
-    assert slowest_rank(alone, time.perf_counter()) == 1.0
+    assert slowest_rank(alone, time.perf_counter(), 3) == (1.0, 3)

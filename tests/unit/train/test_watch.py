@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.demo_shards import write_demo_shards
 from tests.unit.sampling import tiny
 from videofm import media
 from videofm.config.train import TrainConfig
@@ -118,6 +120,16 @@ def test_a_split_without_clips_is_refused_before_training(a_job: Callable[..., A
     job = a_job()
     with pytest.raises(DataError, match="train"):
         HeldOut(job.config.held_out.model_copy(update={"split": "train"}), job)
+
+
+def test_of_a_mix_it_measures_held_out_clips_whatever_is_trained_on(a_job: Callable[..., Any], tmp_path: Path) -> None:
+    """A dataset's own split says what is trained on. Checksums are verified as in the training."""
+    shards = write_demo_shards(tmp_path / "shards", 6, 1, 5, 32, held_out=2)
+    job, mix = a_job(), [{"name": "web", "manifest": str(shards), "weight": 1.0, "split": "train"}]
+    job.config = config(shards, data={"mix": mix, "micro_batch_size": 2, **SIZE})
+    loader = HeldOut(job.config.held_out, job)._loader
+    drawn = {draw.key for step in islice(loader.plan.steps(), 3) for batch in step.micro_batches for draw in batch}
+    assert drawn == {"clip-00004", "clip-00005"} and loader.config.verify_checksums
 
 
 def test_only_a_dit_is_watched(clips: Path) -> None:

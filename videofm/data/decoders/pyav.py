@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,12 @@ class PyAVDecoder:
         with _open(source) as (container, stream):
             table = _table(container, stream)
             wanted = check_indices(indices, len(table.pts))
-            frames: dict[int, np.ndarray[Any, Any]] = {}
-            to_rgb = Converter()
-            for index, frame in _decode(container, stream, table, sorted(set(wanted))):
-                frames[index] = to_rgb(frame)
+            frames = _images(container, stream, table, wanted)
+        if frames is None:
+            with _open(source) as (container, stream):
+                frames = _images(container, stream, replace(table, keys=[]), wanted)
+        if frames is None:
+            raise DataError(f"{describe(source)}: frames are missing that its packets promise; it is damaged")
         if len({frame.shape for frame in frames.values()}) > 1:
             raise DataError(f"{describe(source)}: the size of the frames changes within the video")
         return np.stack([frames[index] for index in wanted])
@@ -78,6 +80,14 @@ class Converter:
         if rest:
             raise DataError(f"the video is rotated by {frame.rotation} degrees; only multiples of 90 can be applied")
         return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns % 4 else image
+
+
+def _images(container: Any, stream: Any, table: _Table, wanted: list[int]) -> dict[int, np.ndarray[Any, Any]] | None:
+    """RGB frames by index; None where one did not come. Without `table.keys`, all is decoded from where the container stands:
+    some files (MPEG-TS) cannot be entered at a key frame."""
+    to_rgb = Converter()
+    frames = {index: to_rgb(frame) for index, frame in _decode(container, stream, table, sorted(set(wanted)))}
+    return frames if len(frames) == len(set(wanted)) else None
 
 
 @contextmanager
@@ -119,7 +129,8 @@ def _first_rotation(container: Any, stream: Any) -> int:
 
 
 def _decode(container: Any, stream: Any, table: _Table, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-    """The frames `wanted` (ascending): forward from where the reader stands, or from a later key frame where there is one."""
+    """The frames `wanted` (ascending), up to the first that is missing: forward from where the reader stands, or from a later
+    key frame where there is one."""
     position: int | None = None  # presentation time of the frame that came last
     frames = container.decode(stream)
     for index in wanted:
@@ -128,16 +139,11 @@ def _decode(container: Any, stream: Any, table: _Table, wanted: list[int]) -> It
         if key is not None and (key > position if position is not None else key > table.pts[0]):
             container.seek(key, stream=stream)
             frames = container.decode(stream)
-        for frame in frames:
-            if frame.pts is None or frame.pts < target:
-                continue
-            position = frame.pts
-            if frame.pts > target:
-                raise DataError(f"frame {index} (pts {target}) is missing: the decoder went on to pts {frame.pts}")
-            yield index, frame
-            break
-        else:
-            raise DataError(f"frame {index} (pts {target}) is missing: the video ended before it")
+        found = next((frame for frame in frames if frame.pts is not None and frame.pts >= target), None)
+        if found is None or found.pts > target:
+            return
+        position = found.pts
+        yield index, found
 
 
 DECODER = PyAVDecoder()

@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from videofm.attention import AttentionSpec, choose
+from videofm.attention import AttentionSpec, Documents, MaskSpec, choose
+from videofm.attention.documents import attend_to_texts, check_documents
 from videofm.errors import DataError
 from videofm.models.dit.ltx.config import LTXDiTConfig
 from videofm.ops.embedding import ScalarEmbedding
@@ -53,8 +54,18 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(width, eps=QK_NORM_EPS) for _ in range(2))
         self.attend = attend
 
-    def forward(self, x: Tensor, context: Tensor, table: RotaryTable | None = None, mask: Tensor | None = None) -> Tensor:
-        """`x` `(B, L, D)` attends to `context` `(B, S, D)` -> `(B, L, D)`; `mask` broadcasts to `(B, N, L, S)`."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        table: RotaryTable | None = None,
+        mask: Tensor | MaskSpec | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """`x` `(B, L, D)` attends to `context` `(B, S, D)` -> `(B, L, D)`; a tensor as `mask` broadcasts to `(B, N, L, S)`.
+
+        With `documents`, whose texts `context` holds, each attends to its own: see `attend_to_texts`.
+        """
         q, k, v = self.q(x), self.k(context), self.v(context)
         if table is None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -62,7 +73,12 @@ class Attention(nn.Module):
             turned = qk_norm_rope(q, k, self.q_norm, self.k_norm, table, "adjacent")
             q, k = turned.q, turned.k
         q, k, v = (rearrange(y, "b l (n k) -> b l n k", n=self.num_heads) for y in (q, k, v))
-        return self.out(rearrange(self.attend(q, k, v, mask), "b l n k -> b l (n k)"))
+        if documents is None:
+            attended = self.attend(q, k, v, mask)
+        else:
+            assert isinstance(mask, Tensor)
+            attended = attend_to_texts(self.attend, q, k, v, mask, documents)
+        return self.out(rearrange(attended, "b l n k -> b l (n k)"))
 
 
 class FeedForward(nn.Module):
@@ -89,12 +105,24 @@ class Block(nn.Module):
         self.cross_attention = Attention(config, attend_text)
         self.feed_forward = FeedForward(config.width, FEED_FORWARD_RATIO * config.width, config.width)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor, table: RotaryTable) -> Tensor:
-        """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`."""
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        table: RotaryTable,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`.
+
+        With `documents` B of the texts counts them.
+        """
+        mask = None if documents is None else documents.mask
         attention, mlp = self._modulations(time)
         h = rms_norm(x, self.norm_eps, 1 + attention.scale, attention.shift)
-        x = torch.addcmul(x, attention.gate, self.self_attention(h, h, table))
-        x = x + self.cross_attention(x, text, mask=text_mask)
+        x = torch.addcmul(x, attention.gate, self.self_attention(h, h, table, mask))
+        x = x + self.cross_attention(x, text, mask=text_mask, documents=documents)
         h = rms_norm(x, self.norm_eps, 1 + mlp.scale, mlp.shift)
         return torch.addcmul(x, mlp.gate, self.feed_forward(h))
 
@@ -141,7 +169,14 @@ class LTXVideoDiT(nn.Module):
             nn.init.zeros_(block.cross_attention.out.weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    def forward(self, latent_tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> Tensor:
+    def forward(
+        self,
+        latent_tokens: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        coordinates: Tensor,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """The velocity `noise - clean` of each token.
 
         Args:
@@ -150,6 +185,8 @@ class LTXVideoDiT(nn.Module):
             conditioning: text embeddings `(B, S, caption_channels)` and their mask `(B, S)`. A text without any real token
                 counts as one whose tokens are all real, which is what the mask of diffusers comes to as well.
             coordinates: `(B, 3, L)` seconds, pixels down, pixels right (`ops.rope.video_coordinates`).
+            documents: clips that are packed into the one sequence (B is 1); the texts are then one a document, and a token sees
+                its own document and text.
 
         Returns:
             `(B, L, C)`.
@@ -157,7 +194,8 @@ class LTXVideoDiT(nn.Module):
         Raises:
             DataError: shapes that do not belong together.
         """
-        self._check(latent_tokens, sigma, conditioning, coordinates)
+        check_documents(documents, latent_tokens, conditioning)
+        self._check(latent_tokens, sigma, conditioning, coordinates, documents)
         table = rotary_table(coordinates, self.config.width, self.config.theta)
         time = self.time_embed(sigma.reshape(sigma.shape[0], -1) * SIGMA_SCALE)  # (B, 1 or L, D)
         block_time = self.time_modulation(silu(time))
@@ -167,7 +205,7 @@ class LTXVideoDiT(nn.Module):
 
         x = self.proj_in(latent_tokens).to(self.scale_shift_table.dtype)  # under autocast too, as the gates would make it
         for block in self.blocks:
-            x = block(x, block_time, text, text_mask, table)
+            x = block(x, block_time, text, text_mask, table, documents)
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
         x = torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=OUT_NORM_EPS), 1 + scale)
         return self.proj_out(x)
@@ -181,9 +219,12 @@ class LTXVideoDiT(nn.Module):
         """
         return video_coordinates(shape, fps, compression, causal_fix)
 
-    def _check(self, tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> None:
+    def _check(
+        self, tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor, documents: Documents | None
+    ) -> None:
         batch, length, channels = tokens.shape
-        text_shape = (batch, conditioning.mask.shape[-1], self.config.caption_channels)
+        num_texts = batch if documents is None else len(documents.lengths)
+        text_shape = (num_texts, conditioning.mask.shape[-1], self.config.caption_channels)
         wrong = {
             "latent_tokens": (tuple(tokens.shape), channels == self.config.in_channels, f"(B, L, {self.config.in_channels})"),
             "sigma": (

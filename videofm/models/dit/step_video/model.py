@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from videofm.attention import AttentionSpec, choose
+from videofm.attention import AttentionSpec, Documents, MaskSpec, choose
+from videofm.attention.documents import attend_to_texts, check_documents
 from videofm.errors import ConfigError, DataError
 from videofm.models.dit.step_video.config import StepVideoDiTConfig
 from videofm.ops.embedding import ScalarEmbedding
@@ -54,11 +55,11 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(self.head_width, eps=QK_NORM_EPS) for _ in range(2))
         self.attend = attend
 
-    def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
+    def forward(self, x: Tensor, table: RotaryTable, mask: MaskSpec | None = None) -> Tensor:
         """`(B, L, D)` -> `(B, L, D)`."""
         q, k, v = rearrange(self.qkv(x), "b l (three n k) -> three b l n k", three=3, k=self.head_width)
         turned = qk_norm_rope(q, k, self.q_norm, self.k_norm, table, "halves")
-        return self.out(rearrange(self.attend(turned.q, turned.k, v, None), "b l n k -> b l (n k)"))
+        return self.out(rearrange(self.attend(turned.q, turned.k, v, mask), "b l n k -> b l (n k)"))
 
 
 class CrossAttention(nn.Module):
@@ -72,11 +73,19 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(self.head_width, eps=QK_NORM_EPS) for _ in range(2))
         self.attend = attend
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """`x` `(B, L, D)` attends to `text` `(B, S, D)` where `mask` `(B, 1, 1, S)` -> `(B, L, D)`."""
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, documents: Documents | None = None) -> Tensor:
+        """`x` `(B, L, D)` attends to `text` `(B, S, D)` where `mask` `(B, 1, 1, S)` -> `(B, L, D)`.
+
+        With `documents`, whose texts `text` holds, each attends to its own: see `attend_to_texts`.
+        """
         q = rearrange(self.q(x), "b l (n k) -> b l n k", k=self.head_width)
         k, v = rearrange(self.kv(text), "b s (two n k) -> two b s n k", two=2, k=self.head_width)
-        return self.out(rearrange(self.attend(self.q_norm(q), self.k_norm(k), v, mask), "b l n k -> b l (n k)"))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if documents is None:
+            attended = self.attend(q, k, v, mask)
+        else:
+            attended = attend_to_texts(self.attend, q, k, v, mask, documents)
+        return self.out(rearrange(attended, "b l n k -> b l (n k)"))
 
 
 class FeedForward(nn.Module):
@@ -104,12 +113,24 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(config, attend_text)
         self.feed_forward = FeedForward(width, FEED_FORWARD_RATIO * width, width, bias=False)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, text_mask: Tensor, table: RotaryTable) -> Tensor:
-        """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`."""
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        table: RotaryTable,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """`x` `(B, L, D)`, `time` `(B, 1 or L, 6 * D)`, `text` `(B, S, D)`, `text_mask` `(B, 1, 1, S)` -> `(B, L, D)`.
+
+        With `documents` B of the texts counts them.
+        """
+        mask = None if documents is None else documents.mask
         attention, mlp = self._modulations(time)
         h = torch.addcmul(attention.shift, self.attention_norm(x), 1 + attention.scale)
-        x = torch.addcmul(x, attention.gate, self.self_attention(h, table))
-        x = x + self.cross_attention(x, text, text_mask)
+        x = torch.addcmul(x, attention.gate, self.self_attention(h, table, mask))
+        x = x + self.cross_attention(x, text, text_mask, documents)
         h = torch.addcmul(mlp.shift, self.feed_forward_norm(x), 1 + mlp.scale)
         return torch.addcmul(x, mlp.gate, self.feed_forward(h))
 
@@ -174,7 +195,14 @@ class StepVideoDiT(nn.Module):
             raise ConfigError("dit/step_video counts latent frames, and has no causal_fix of their times: set it to false.")
         return cell_coordinates(shape, fps.shape[0], fps.device)
 
-    def forward(self, latent_tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> Tensor:
+    def forward(
+        self,
+        latent_tokens: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        coordinates: Tensor,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """The velocity `noise - clean` of each token.
 
         Args:
@@ -184,6 +212,8 @@ class StepVideoDiT(nn.Module):
                 encoder `(B, M, clip_channels)`, all of which are attended to; None where `clip_channels` is 0. A text has at
                 least one token that is not masked.
             coordinates: `(B, 3, L)` frame, row, column (`self.coordinates`).
+            documents: clips that are packed into the one sequence (B is 1); the texts are then one a document, and a token sees
+                its own document and text.
 
         Returns:
             `(B, L, C)`.
@@ -191,7 +221,8 @@ class StepVideoDiT(nn.Module):
         Raises:
             DataError: shapes that do not belong together, or the second encoder's states missing or not asked for.
         """
-        self._check(latent_tokens, sigma, conditioning, coordinates)
+        check_documents(documents, latent_tokens, conditioning)
+        self._check(latent_tokens, sigma, conditioning, coordinates, documents)
         table = cell_rotary_table(coordinates, self.config.head_width)
         time = self.time_embed(sigma.reshape(sigma.shape[0], -1) * SIGMA_SCALE)  # (B, 1 or L, D)
         block_time = self.time_modulation(silu(time))
@@ -199,7 +230,7 @@ class StepVideoDiT(nn.Module):
 
         x = self.proj_in(latent_tokens).to(self.scale_shift_table.dtype)  # under autocast too, as the gates would make it
         for block in self.blocks:
-            x = block(x, block_time, text, text_mask, table)
+            x = block(x, block_time, text, text_mask, table, documents)
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
         x = torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale)
         return self.proj_out(x)
@@ -213,8 +244,11 @@ class StepVideoDiT(nn.Module):
             mask = torch.cat([mask.new_ones(clip.shape[:2]), mask], dim=1)
         return text, rearrange(mask, "b s -> b 1 1 s")
 
-    def _check(self, tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor) -> None:
+    def _check(
+        self, tokens: Tensor, sigma: Tensor, conditioning: Conditioning, coordinates: Tensor, documents: Documents | None
+    ) -> None:
         config, clip, (batch, length, _) = self.config, conditioning.clip_embeddings, tokens.shape
+        num_texts = batch if documents is None else len(documents.lengths)
         if (clip is None) != (config.clip_channels == 0):
             found, fix = (
                 ("no", "bring them, or build it with clip_channels 0") if clip is None else ("unwanted", "leave them out")
@@ -226,9 +260,9 @@ class StepVideoDiT(nn.Module):
             "latent_tokens": (tokens, [(batch, length, config.in_channels)]),
             "sigma": (sigma, [(batch,), (batch, length)]),
             "coordinates": (coordinates, [(batch, 3, length)]),
-            "embeddings": (conditioning.embeddings, [(batch, conditioning.mask.shape[-1], config.caption_channels)]),
-            "mask": (conditioning.mask, [(batch, conditioning.embeddings.shape[1])]),
-            "clip_embeddings": (clip, [(batch, num_clip, config.clip_channels)]),
+            "embeddings": (conditioning.embeddings, [(num_texts, conditioning.mask.shape[-1], config.caption_channels)]),
+            "mask": (conditioning.mask, [(num_texts, conditioning.embeddings.shape[1])]),
+            "clip_embeddings": (clip, [(num_texts, num_clip, config.clip_channels)]),
         }
         for name, (tensor, expected) in shapes.items():
             if tensor is not None and tuple(tensor.shape) not in expected:

@@ -1,0 +1,1 @@
+"""Encoding shards ahead of training (`videofm encode`), and beside it (`data.online`)."""

@@ -1,0 +1,132 @@
+"""What an order of samples is made of: clips as the plan knows them, draws of them, positions, and numbers drawn by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from videofm.errors import CheckpointError
+
+
+class Shape(NamedTuple):
+    """A stored clip's frames, and their height and width in pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+class Clip(NamedTuple):
+    """A clip in an order: its key, the epoch in which it is drawn, the row of its shard in the manifest, its shape.
+
+    It says all that the plan needs, so that clips which wait in a checkpoint are taken up without opening their shards.
+    """
+
+    key: str
+    epoch: int
+    shard: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One clip in the order: the record's key, the epoch in which it is drawn, and which of its pixels are read.
+
+    `stride` is in stored frames. Frames are resized to `resized` (height, width); `top` and `left` are the corner of the
+    window of `height` x `width` in them. `shard` is the row of its shard in the manifest, `source` the name of its dataset in a
+    mix, `step` the number of the optimizer step that it is drawn for, `instead_of` the sample that cannot be read, for a spare.
+    """
+
+    key: str
+    epoch: int
+    start_frame: int
+    num_frames: int
+    stride: int
+    resized: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+    shard: int = 0
+    source: str = ""
+    step: int = 0
+    instead_of: str = ""
+
+    @property
+    def frames(self) -> range:
+        """The stored frames to read."""
+        return range(self.start_frame, self.start_frame + (self.num_frames - 1) * self.stride + 1, self.stride)
+
+    @property
+    def sample_id(self) -> str:
+        """Names this draw; every random number about the sample is keyed by it."""
+        name = f"{self.source}/{self.key}@{self.epoch}" if self.source else f"{self.key}@{self.epoch}"
+        return f"{name}~{self.instead_of}" if self.instead_of else name
+
+
+def by_size(draws: Sequence[Draw]) -> list[list[Draw]]:
+    """The draws of a micro-batch by frames, height and width; sizes in the order in which they come first."""
+    groups: dict[tuple[int, int, int], list[Draw]] = {}
+    for draw in draws:
+        groups.setdefault((draw.num_frames, draw.height, draw.width), []).append(draw)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """Where the order stands: before step `step`, which is `step_in_window` of window `window` of epoch `epoch`.
+
+    In a mix the other numbers are those of `sources`, the position in each dataset: its `step` counts the clips taken from it,
+    or with buckets the steps.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    window: int = 0
+    step_in_window: int = 0
+    carry: tuple[Clip, ...] = ()
+    sources: Mapping[str, PlanState] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        values = asdict(self)
+        values["sources"] = {name: source.to_json() for name, source in self.sources.items()}
+        if not self.sources:
+            del values["sources"]
+        return values
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PlanState:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: it was written before positions said which shard a carried clip is in.
+        """
+        if any(len(clip) != len(Clip._fields) for clip in value["carry"]):
+            raise CheckpointError(
+                "the checkpoint's position in the data names clips that wait without their shards, as earlier versions wrote "
+                "it; start a new run from the weights alone"
+            )
+        carry = tuple(Clip(key, epoch, shard, Shape(*shape)) for key, epoch, shard, shape in value["carry"])
+        sources = {name: cls.from_json(source) for name, source in value.get("sources", {}).items()}
+        return cls(**{**value, "carry": carry, "sources": sources})
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """Random numbers named by a key."""
+    # Counter-based, keyed by a hash: any window of any epoch is as cheap as the first.
+    return np.random.Generator(np.random.Philox(key=_hash(16, *key)))
+
+
+def uniform(*key: int | str) -> float:
+    """A number in [0, 1), a hash of its key; cheaper than a generator for a single one."""
+    return _hash(8, *key) / 2**64
+
+
+def _hash(size: int, *key: int | str) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=size).digest(), "big")
