@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 
@@ -194,6 +194,15 @@ def first_answers(name: str, references: Any) -> Any:
         raise DataError(f"{name}: an actor did not start: {first_line(error)}") from None
 
 
+def cause_of(error: Any, what: str) -> Exception:
+    """Why a task failed, of a RayTaskError: our own error as it was raised; that `what` could not be written; or itself."""
+    if isinstance(error.cause, VideofmError):
+        return error.cause
+    if isinstance(error.cause, OSError):
+        return DataError(f"{what} could not be written: {error.cause}. Free the disk and run again")
+    return cast(Exception, error)
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -226,15 +235,10 @@ def _result(reference: Any, name: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, VideofmError):
-            raise error.cause from None
-        if isinstance(error.cause, OSError):
-            raise DataError(f"group {name} could not be written: {error.cause}. Free the disk and run again") from None
-        raise
+        raise cause_of(error, f"group {name}") from None
     except ray.exceptions.RayError as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         times = _WORKER_DEATHS + 1
-        raise DataError(f"the worker of group {name} died {times} times: {first}. Run again to go on") from None
+        raise DataError(f"the worker of group {name} died {times} times: {first_line(error)}. Run again to go on") from None
 
 
 def _signal_handlers() -> dict[signal.Signals, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from data_pipelines.rows import Loss, Row
 from data_pipelines.sources import source_rows
 from videofm.errors import DataError
-from videofm.run_dir import read_json, write_json
+from videofm.run_dir import read_json, write_atomic, write_json
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ def write_report(
     made = []
     for name, rows in parts.items():
         content = "".join(json.dumps(row.with_(path="").to_json(), sort_keys=True) + "\n" for row in rows)
-        _write(_path(folder, step, name, "rows.jsonl"), content)
+        write_atomic(_path(folder, step, name, "rows.jsonl"), content)
         made.append(Input(name, len(rows), hashlib.sha256(content.encode()).hexdigest()))
     ordered = sorted(losses, key=lambda loss: (loss.source, loss.span or (0.0, 0.0), loss.start or 0))
     lines = [{name: value for name, value in asdict(loss).items() if value not in (None, {})} for loss in ordered]
-    _write(_path(folder, step, group, "losses.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomic(_path(folder, step, group, "losses.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     summary = Summary(*hashes, made, list(metrics))
     write_json(_path(folder, step, group, "json"), asdict(summary))
     return summary
@@ -117,14 +116,3 @@ def read_losses(folder: Path, step: int, group: str) -> Iterator[dict[str, Any]]
 
 def _path(folder: Path, step: int, group: str, ending: str) -> Path:
     return folder / "groups" / str(step) / f"{group}.{ending}"
-
-
-def _write(path: Path, content: str) -> None:
-    """Write a file that a reader sees whole or not at all; the it is on disk before the summary is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

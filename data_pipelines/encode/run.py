@@ -24,7 +24,7 @@ from videofm.data.manifest import Manifest
 from videofm.data.reader import ReaderSettings
 from videofm.data.sidecar import entry_path
 from videofm.data.workers import WorkerPool
-from videofm.errors import DataError, Interrupted, VideofmError
+from videofm.errors import DataError, Interrupted
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, write_atomic
 
@@ -176,11 +176,7 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, VideofmError):
-            raise error.cause from None
-        if isinstance(error.cause, OSError):
-            raise DataError(f"a sidecar could not be written: {error.cause}. Free the disk and run again") from None
-        raise
+        raise engine.cause_of(error, "a sidecar") from None
 
 
 def _count(folder: Path, shards: dict[str, str], kinds: list[str]) -> tuple[Counter[str], list[dict[str, str]]]:

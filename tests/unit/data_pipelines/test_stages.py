@@ -198,7 +198,9 @@ def test_sections_that_make_no_sense(stages, message):
 
 def test_a_filter_on_what_is_scored_is_taken():
     rules = [{"score": "text_area", "max": 0.1, "reason": "text"}, {"score": "border_share", "max": 0.3, "reason": "borders"}]
-    config([{"kind": "borders"}, {"kind": "scores", "text": True}, {"kind": "filter", "rules": rules}, TRANSCODE])
+    found = config([{"kind": "borders"}, {"kind": "scores", "text": True}, {"kind": "filter", "rules": rules}, TRANSCODE])
+    (kept,) = [section.rules for section in found.stages if section.kind == "filter"]
+    assert [(rule.score, rule.max) for rule in kept] == [("text_area", 0.1), ("border_share", 0.3)]
 
 
 def test_transcode_writes_the_canonical_form(video, tmp_path):
