@@ -1,7 +1,8 @@
 """One clip on several ranks gives what one device gives: values, gradients of inputs, and gradients of parameters once summed.
 
 Four processes, in two groupings: all four share a clip (context degree 4), or two pairs each share one (degree 2; the second
-pair does not contain global rank 0). Every process also computes the clip alone, which is the reference.
+pair does not contain global rank 0). The reference is what one process alone computes: of VAEs, which take long, each process
+computes a share of the references and all have them from it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,16 +68,13 @@ def _everything(rank: int, world_size: int) -> dict[str, Any]:
         degree: SimpleNamespace(context_degree=degree, context_rank=dist.get_rank(group), context_group=group, tensor_degree=1)
         for degree, group in groups.items()
     }
-    results: dict[str, Any] = {"layers": {}, "vaes": {}}
+    results: dict[str, Any] = {"layers": {}}
     for degree, mesh in meshes.items():
         ranks = ContextRanks(mesh.context_group)
         results["layers"] |= {f"{degree} ranks, {name}": errors for name, errors in _layer_errors(ranks)}
-    for name, (kind, overrides, lengths) in VAES.items():
-        vae = _random_weights(models.build(kind, size="tiny", device="cpu", **overrides).double())
-        for num_frames in lengths:
-            for case, errors in _vae_errors(vae, meshes, num_frames):
-                results["vaes"][f"{name}, {num_frames} frames, {case}"] = errors
-    results["float32"] = dict(_float32_errors(meshes))
+    results["vaes"] = dict(_all_vae_errors(meshes, VAES, (2, 4), torch.float64))
+    last = {name: (*VAES[name][:2], VAES[name][2][-1:]) for name in ("ltx", "cv released", "od", "step")}
+    results["float32"] = dict(_all_vae_errors(meshes, last, (4,), torch.float32))
     results["images"] = dict(_image_errors(meshes))
     results["sent"] = _what_is_sent(meshes)
     return results
@@ -111,18 +110,23 @@ def _gradients(outputs: Outputs, x: Tensor, module: nn.Module) -> tuple[Tensor, 
     return grads[0], torch.cat([grad.flatten() for grad in grads[1:]])
 
 
+@dataclass(frozen=True)
 class _Dense:
-    """What one process alone gets for `x`, to which others are compared."""
+    """What one process alone gets, to which others are compared."""
 
-    def __init__(self, outputs: Outputs, x: Tensor, module: nn.Module) -> None:
-        self.outputs, self.x, self.module = outputs, x, module
-        self.grad_x, self.grad_weights = _gradients(outputs, x, module)
+    outputs: Outputs
+    grad_x: Tensor
+    grad_weights: Tensor
 
-    def errors(self, outputs: Outputs, group: dist.ProcessGroup) -> dict[str, float]:
+    @classmethod
+    def of(cls, outputs: Outputs, x: Tensor, module: nn.Module) -> _Dense:
+        return cls({name: y.detach() for name, y in outputs.items()}, *_gradients(outputs, x, module))
+
+    def errors(self, outputs: Outputs, x: Tensor, module: nn.Module, group: dist.ProcessGroup) -> dict[str, float]:
         """Of `outputs`, of `x`'s gradient, which is whole on each rank, and of those of the parameters, summed over ranks."""
-        grad_x, grad_weights = _gradients(outputs, self.x, self.module)
+        grad_x, grad_weights = _gradients(outputs, x, module)
         dist.all_reduce(grad_weights, group=group)
-        values = {name: _error(outputs[name].detach(), y.detach()) for name, y in self.outputs.items()}
+        values = {name: _error(outputs[name].detach(), y) for name, y in self.outputs.items()}
         return values | {"input": _error(grad_x, self.grad_x), "weights": _error(grad_weights, self.grad_weights)}
 
 
@@ -130,13 +134,13 @@ def _layer_errors(ranks: ContextRanks) -> Iterator[tuple[str, dict[str, float]]]
     for num_frames, splits in COUNTS[ranks.degree].items():
         x = _random(1, 2, num_frames, 4, 4).requires_grad_()
         for name, layer, stride in _layers():
-            dense = _Dense({"y": layer(x)}, x, layer)
+            dense = _Dense.of({"y": layer(x)}, x, layer)
             for counts in splits:
                 spans = spans_of(counts)
                 # An output stands at every `stride`-th frame of the clip and belongs to the rank that has it.
                 standing = spans_of([len([t for t in range(*span) if t % stride == 0]) for span in spans])
                 y = ranks.join(layer(ranks.take(x, spans), ContextCache(ranks, {}, 0)), standing)
-                yield f"{name} of {counts}", dense.errors({"y": y}, ranks.group)
+                yield f"{name} of {counts}", dense.errors({"y": y}, x, layer, ranks.group)
 
 
 def _layers() -> Iterator[tuple[str, nn.Module, int]]:
@@ -151,42 +155,58 @@ def _layers() -> Iterator[tuple[str, nn.Module, int]]:
     yield "temporal attention", _random_weights(TemporalAttention(2).double()), 1
 
 
-def _vae_errors(
-    vae: VideoVAE, meshes: dict[int, Any], num_frames: int, degrees: tuple[int, ...] = (2, 4)
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """A clip through the VAE as in training: moments and decoded video both have a share in the loss."""
-    size, dtype = vae.compression, vae.last_layer.dtype
-    video = _random(1, 3, num_frames, size.height, 2 * size.width).clamp(-1, 1).to(dtype).requires_grad_()
-    noise = _random(1, vae.latent_channels, vae.latent_frames(num_frames), 1, 2, seed=3).to(dtype)
-    sigma = torch.full((1,), 0.3, dtype=dtype) if vae.timestep_conditioning else None
+class _Clip:
+    """A clip, and its way through a VAE as in training: moments and decoded video both have a share in the loss."""
 
-    def run(vae: VideoVAE) -> Outputs:
-        posterior = vae.encode(video)
+    def __init__(self, vae: VideoVAE, num_frames: int) -> None:
+        size, dtype = vae.compression, vae.last_layer.dtype
+        self.vae = vae
+        self.video = _random(1, 3, num_frames, size.height, 2 * size.width).clamp(-1, 1).to(dtype).requires_grad_()
+        self.noise = _random(1, vae.latent_channels, vae.latent_frames(num_frames), 1, 2, seed=3).to(dtype)
+        self.sigma = torch.full((1,), 0.3, dtype=dtype) if vae.timestep_conditioning else None
+
+    def through(self, vae: VideoVAE) -> Outputs:
+        posterior = vae.encode(self.video)
         # Frames of the latents are mixed on the way, as a term of a loss may do it: partial gradients would get lost here.
-        latents = posterior.sample(noise) + posterior.mean.flip(2)
-        decoded = vae.decode(latents, sigma, torch.Generator().manual_seed(5))
+        latents = posterior.sample(self.noise) + posterior.mean.flip(2)
+        decoded = vae.decode(latents, self.sigma, torch.Generator().manual_seed(5))
         return {"mean": posterior.mean, "logvar": posterior.logvar, "decoded": decoded}
 
-    dense = _Dense(run(vae), video, vae)
-    for degree in degrees:
-        split = models.model_spec(vae.spec_name).parallelize(copy.copy(vae), meshes[degree])
-        assert split.split is not None and vae.split is None
-        yield f"{degree} ranks", dense.errors(run(split), meshes[degree].context_group)
+    def dense(self) -> _Dense:
+        return _Dense.of(self.through(self.vae), self.video, self.vae)
+
+    def errors(self, dense: _Dense, mesh: Any) -> dict[str, float]:
+        split = models.model_spec(self.vae.spec_name).parallelize(copy.copy(self.vae), mesh)
+        assert split.split is not None and self.vae.split is None
+        return dense.errors(self.through(split), self.video, split, mesh.context_group)
 
 
-def _float32_errors(meshes: dict[int, Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    for name in ("ltx", "cv released", "od", "step"):
-        kind, overrides, lengths = VAES[name]
-        vae = _random_weights(models.build(kind, size="tiny", device="cpu", **overrides))
-        for case, errors in _vae_errors(vae, meshes, lengths[-1], degrees=(4,)):
-            yield f"{name}, {case}", errors
+def _all_vae_errors(
+    meshes: dict[int, Any],
+    vaes: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]],
+    degrees: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    clips: dict[str, _Clip] = {}
+    for name, (kind, overrides, lengths) in vaes.items():
+        vae = _random_weights(models.build(kind, size="tiny", device="cpu", **overrides).to(dtype))
+        clips |= {f"{name}, {num_frames} frames": _Clip(vae, num_frames) for num_frames in lengths}
+    owners = {name: index % dist.get_world_size() for index, name in enumerate(clips)}
+    own = {name: clip.dense() for name, clip in clips.items() if owners[name] == dist.get_rank()}
+    for name, clip in clips.items():
+        held: list[Any] = [own.get(name)]
+        dist.broadcast_object_list(held, src=owners[name])
+        for degree in degrees:
+            yield f"{name}, {degree} ranks", clip.errors(held[0], meshes[degree])
 
 
 def _image_errors(meshes: dict[int, Any]) -> Iterator[tuple[str, dict[str, float]]]:
     """Fewer latent frames than ranks: one, or two on four ranks. Nothing is sent."""
     vae = _random_weights(models.build("vae/od_vae", size="tiny", device="cpu", norm_scope="clip").double())
     for num_frames, degrees in ((1, (2, 4)), (5, (4,))):
-        yield from ((f"{num_frames} frames, {case}", errors) for case, errors in _vae_errors(vae, meshes, num_frames, degrees))
+        clip = _Clip(vae, num_frames)
+        dense = clip.dense()
+        yield from ((f"{num_frames} frames, {degree} ranks", clip.errors(dense, meshes[degree])) for degree in degrees)
     split = models.model_spec(vae.spec_name).parallelize(vae, meshes[4])
     video = torch.zeros(1, 3, 5, 8, 8, dtype=torch.float64, requires_grad=True)
     with _recorded(4) as sent:

@@ -1,4 +1,7 @@
-"""Training as a user runs it: processes, kills, stops and resumes, on one rank and on two."""
+"""Training as a user runs it: processes, kills, stops and resumes, on one rank, on two and on four.
+
+Runs that somebody disturbs have one rank each, and are made two at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from launch import local
 from tests.demo_shards import write_demo_shards
-from videofm import models, sampling
+from tests.helpers import ForkedPython
+from videofm import cli, models, sampling
 from videofm.models.vae.statistics import apply_statistics
 
 VAE = {
@@ -46,14 +56,19 @@ def work(tmp_path_factory) -> Path:
 
 def train(folder: Path, name: str, config: dict, *overrides: str, max_steps: int) -> subprocess.Popen:
     """Start `videofm train` for a config, into the run directory `name`."""
+    command = [sys.executable, "-m", "videofm", *train_arguments(folder, name, config, *overrides, max_steps=max_steps)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+
+
+def train_arguments(folder: Path, name: str, config: dict, *overrides: str, max_steps: int) -> list[str]:
+    """Write the config, and say what comes behind `videofm`."""
     data = {"manifest": str(folder / "data"), "num_frames": 9, "height": 32, "width": 32, "micro_batch_size": 3}
     trainer = {"max_steps": max_steps, "precision": "fp32", "checkpoint_every": 3, "log_every": 1, "num_threads": 1}
     data |= {"num_micro_batches": 2, "cache_mib": 64}
     full = {**config, "data": data, "trainer": trainer, "wandb": {"mode": "disabled"}}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(full).replace('"VAE"', json.dumps(str(folder / "vae"))))
-    command = [sys.executable, "-m", "videofm", "train", str(path), "--run-dir", str(folder / name), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+    return ["train", str(path), "--run-dir", str(folder / name), *overrides]
 
 
 def finished(process: subprocess.Popen, code: int = 0) -> str:
@@ -104,10 +119,8 @@ def assert_same_end(run: Path, straight: Path) -> None:
         assert all(ours[name].equal(theirs[name]) for name in theirs), path
 
 
-@pytest.mark.parametrize("step", [2, 8, 15])
-def test_sigkill_and_resume_is_bitwise(work, straight, step):
-    """SIGKILL the verb (its rank dies with it) before the first checkpoint and between later ones; the same command then ends
-    as the undisturbed run did."""
+def kill_and_resume(step: int, work: Path) -> Path:
+    """SIGKILL the verb once it has done `step` steps; its rank dies with it. Then the same command again."""
     run = work / f"killed_{step}"
     process = train(work, run.name, DIT, max_steps=20)
     wait_for_step(run, step)
@@ -119,11 +132,10 @@ def test_sigkill_and_resume_is_bitwise(work, straight, step):
         time.sleep(0.05)
     assert len(rows(run)) < 20, "the kill came too late"
     finished(train(work, run.name, DIT, max_steps=20))
-    assert_same_end(run, straight)
-    assert (step == 2) != any("resuming from step_" in line for line in (run / "log.txt").read_text().splitlines())
+    return run
 
 
-def test_a_killed_rank_fails_the_verb_and_says_how_to_go_on(work, straight):
+def kill_the_rank(work: Path) -> Path:
     run = work / "killed_rank"
     process = train(work, run.name, DIT, max_steps=20)
     wait_for_step(run, 7)
@@ -131,10 +143,10 @@ def test_a_killed_rank_fails_the_verb_and_says_how_to_go_on(work, straight):
         os.kill(worker, signal.SIGKILL)
     assert "rank 0 was killed by SIGKILL; run the same command again" in finished(process, code=1)
     finished(train(work, run.name, DIT, max_steps=20))
-    assert_same_end(run, straight)
+    return run
 
 
-def test_sigterm_saves_and_stops_and_the_run_goes_on(work, straight):
+def stop_and_go_on(work: Path) -> Path:
     run = work / "stopped"
     process = train(work, run.name, DIT, max_steps=20)
     wait_for_step(run, 4)
@@ -143,7 +155,54 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(work, straight):
     stopped_at = rows(run)[-1]["step"]
     assert stopped_at < 20 and (run / f"checkpoints/step_{stopped_at:08d}").is_dir()
     finished(train(work, run.name, DIT, max_steps=20))
-    assert_same_end(run, straight)
+    return run
+
+
+def damage_and_resume(work: Path) -> Path:
+    """Damage the last checkpoint of a run that is asked to go on: it resumes from the one before."""
+    run = work / "damaged"
+    process = train(work, run.name, DIT, max_steps=20)
+    wait_for_step(run, 10)
+    process.kill()
+    process.communicate()
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    (folders[-1] / "state.json").write_text("{}")
+    output = finished(train(work, run.name, DIT, max_steps=20))
+    assert f"{folders[-1].name} is damaged: state.json" in output.replace("\n", " ")
+    assert f"resuming from {folders[-2].name}" in output
+    return run
+
+
+KILLS = (2, 8, 15)
+"""Before the first checkpoint, and between later ones."""
+DISTURBED: dict[str, Callable[[Path], Path]] = {
+    **{f"killed_{step}": partial(kill_and_resume, step) for step in KILLS},
+    "killed_rank": kill_the_rank,
+    "stopped": stop_and_go_on,
+    "damaged": damage_and_resume,
+}
+
+
+@pytest.fixture(scope="module")
+def disturbed(work: Path, straight: Path) -> Iterator[dict[str, Future[Path]]]:
+    """Each of `DISTURBED` under way: its result is the run directory, or what went wrong."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        yield {name: pool.submit(disturb, work) for name, disturb in DISTURBED.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", DISTURBED)
+def test_a_disturbed_run_ends_bitwise_as_the_undisturbed_one(disturbed, straight, name):
+    """Killed, its rank killed, stopped by SIGTERM, its newest checkpoint damaged: the same command then ends the same."""
+    assert_same_end(disturbed[name].result(), straight)
+
+
+@pytest.mark.parametrize("step", KILLS)
+def test_a_run_that_was_killed_resumes_where_there_is_a_checkpoint(disturbed, step):
+    log = (disturbed[f"killed_{step}"].result() / "log.txt").read_text()
+    assert (step == 2) != any("resuming from step_" in line for line in log.splitlines())
 
 
 def test_two_ranks_give_the_loss_curve_of_one(work, straight):
@@ -165,21 +224,32 @@ LAYOUTS = {
 """Five ways to train on four processes."""
 
 
+def sample(run: Path) -> torch.Tensor:
+    return sampling.generate(run, ["a red circle", "a square"], seed=3, num_frames=9, height=32, width=32, num_steps=4)
+
+
+@pytest.fixture(scope="module")
+def video(straight: Path) -> torch.Tensor:
+    """What the undisturbed run makes of some noise."""
+    return sample(straight)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_loss_curve_and_the_samples_of_one_rank(work, straight, layout):
-    """The same clips on four processes: losses to 1e-4 over 20 steps, and then the same videos of the same noise."""
+def test_a_layout_gives_the_loss_curve_and_the_samples_of_one_rank(work, straight, video, layout):
+    """The same clips on four processes: losses to 1e-4 over 20 steps, and then the same videos of the same noise.
+
+    The verb runs here, and forks its ranks where it would start them; those of the test below are started.
+    """
     run = work / layout
-    finished(train(work, layout, DIT, *(f"parallel.{degree}" for degree in LAYOUTS[layout]), max_steps=20))
+    degrees = (f"parallel.{degree}" for degree in LAYOUTS[layout])
+    with mock.patch.object(local, "_start", ForkedPython.as_started):
+        assert cli.main(train_arguments(work, layout, DIT, *degrees, max_steps=20)) == 0
     one, four = rows(straight), rows(run)
     assert [row["step"] for row in four] == list(range(1, 21))
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, four, strict=True)) < 1e-4
     assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(one, four, strict=True)) < 1e-3
-    videos = [
-        sampling.generate(folder, ["a red circle", "a square"], seed=3, num_frames=9, height=32, width=32, num_steps=4)
-        for folder in (straight, run)
-    ]
-    assert videos[0].std() > 0.01
-    assert (videos[0] - videos[1]).abs().max() < 1e-3
+    assert video.std() > 0.01
+    assert (video - sample(run)).abs().max() < 1e-3
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(work, straight):
@@ -204,21 +274,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(work, straight):
 def test_a_run_directory_of_another_config_is_refused(work, straight):
     output = finished(train(work, "straight", DIT, "optimizer.lr=0.5", max_steps=20), code=2)
     assert "was made by another config" in output and "optimizer.lr" in output
-
-
-def test_a_damaged_newest_checkpoint_falls_back(work, straight):
-    """Damage the last checkpoint of a run that is asked to go on: it resumes from the one before and ends the same."""
-    run = work / "damaged"
-    process = train(work, run.name, DIT, max_steps=20)
-    wait_for_step(run, 10)
-    process.kill()
-    process.communicate()
-    folders = sorted((run / "checkpoints").glob("step_*"))
-    (folders[-1] / "state.json").write_text("{}")
-    output = finished(train(work, run.name, DIT, max_steps=20))
-    assert f"{folders[-1].name} is damaged: state.json" in output.replace("\n", " ")
-    assert f"resuming from {folders[-2].name}" in output
-    assert_same_end(run, straight)
 
 
 def test_statistics_of_a_sharded_vae_are_those_of_its_whole_weights(work: Path) -> None:
