@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from videofm.pixels import scaled
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -92,15 +94,18 @@ class Conditioning:
 class Batch:
     """One micro-batch of clips of one bucket, or a pack of clips of several.
 
-    `video` is `(B, 3, T, H, W)` in [-1, 1], `fps` is `(B,)` frames a second. `sample_ids` key every random draw that
-    concerns a sample, so that a run does not depend on which rank reads it. `step` is the optimizer step, and
-    `num_step_samples` the number of samples of that step over all ranks and micro-batches (the loss divides by it).
+    `video` is `(B, 3, T, H, W)` in [-1, 1]; as it comes from a loader it is still uint8, a view of the decoded frames, and `to`
+    scales it. `fps` is `(B,)` frames a second. `sample_ids` key every random draw that concerns a sample, so that a run does
+    not depend on which rank reads it. `step` is the optimizer step, and `num_step_samples` the number of samples of that step
+    over all ranks and micro-batches (the loss divides by it).
 
     What was encoded before (`videofm encode`, or by a pool beside the training), float32, else None: `latents`
     `(B, C, T, H, W)`, raw, are the means of posteriors with `logvar` of the same shape, or samples of them where `logvar` is
     None; then no pixels are read, and `video` is empty, `(B, 3, 0, 0, 0)`. `text` is `(B + 1, L, D)`: the embeddings of the
     captions and, last, of the empty caption, whose first `text_lengths[i]` tokens are real; `clip_text` `(B + 1, M, E)` are
-    those of a second encoder where there is one.
+    those of a second encoder where there is one. Integers, int64, else None: `indices` `(B, T', H', W')` are the tokens of the
+    clips by a latent tokenizer, and `rollouts` of the same shape what an autoregressive model made of the first token frames of
+    `indices` and of the captions; with either no pixels are read.
 
     A pack (`data.packing.pack`) has `parts`, each the clips of one size as a batch of their own. The pack itself then holds
     `captions`, `fps` and `sample_ids` of all of them, in their order, and no pixels or encodings.
@@ -117,13 +122,17 @@ class Batch:
     text: Tensor | None = None
     text_lengths: list[int] | None = None
     clip_text: Tensor | None = None
+    indices: Tensor | None = None
+    rollouts: Tensor | None = None
     parts: tuple[Batch, ...] = ()
 
     def to(self, device: Any) -> Batch:
-        """This batch with its tensors on `device`."""
-        names = ("video", "fps", "latents", "logvar", "text", "clip_text")
+        """This batch with its tensors on `device`, and its pixels as float32 in [-1, 1]: models take no other."""
+        names = ("video", "fps", "latents", "logvar", "text", "clip_text", "indices", "rollouts")
         held = {name: value for name in names if (value := getattr(self, name)) is not None}
         moved = {name: value.to(device, non_blocking=True) for name, value in held.items()}
+        if not moved["video"].dtype.is_floating_point:
+            moved["video"] = scaled(moved["video"])  # there, so that a quarter of the bytes travel
         return replace(self, **moved, parts=tuple(part.to(device) for part in self.parts))
 
     @property
@@ -172,6 +181,40 @@ class SampleRng(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """The ranks that read different samples, for statistics that all of them must agree on: a `Mesh`, or `ALONE`."""
+
+    @property
+    def data_degree(self) -> int:
+        """How many they are."""
+        ...
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over them; `value` itself may be written to. Every one of them calls it."""
+        ...
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Theirs one behind the other along dim 0, in the order of ranks; lengths along it may differ. Every one calls it."""
+        ...
+
+
+class OneRank:
+    """`Ranks` of a process that is alone: what it has is all there is."""
+
+    data_degree = 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` itself."""
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """`value` itself."""
+        return value
+
+
+ALONE: Ranks = OneRank()
+
+
 class Objective(Protocol):
     """A loss over roles. `roles` names the models it needs, `phases` maps a phase to the roles that it trains.
 
@@ -183,6 +226,9 @@ class Objective(Protocol):
     - `prepare(models, batches, rngs, phase, all_sum)`: what has to be known about the whole step, over all ranks, before the
       first loss of it; `loss` gets what it returns as a fifth argument. `all_sum(gradient)` adds over the ranks, each of which
       has a part;
+    - `after_step(models, phase, skipped, ranks)`: called on every rank after each optimizer step of `phase`, for state that no
+      gradient moves (codebooks); returns more metrics of the step, the same on all ranks. `skipped`: the step moved nothing,
+      and what was gathered for it is to be dropped as well. `ranks` are the `Ranks` that read different samples;
     - `after_training(models, batches)`: numbers for the log, once the last step is done.
     """
 

@@ -27,7 +27,8 @@ TIMEOUT = 20.0
 
 
 def micro_batch(data_rank: int, step: int, index: int) -> Batch:
-    """Of a size that depends on the step, with captions that need more than ASCII; the second of a step is a pack."""
+    """Of a size that depends on the step, with captions that need more than ASCII; the second of a step is a pack, whose last
+    part has pixels as a loader gives them: uint8, on the strides of frames."""
     generator = torch.Generator().manual_seed(100 * data_rank + 10 * step + index)
     video = torch.randn(2, 3, 1 + 4 * step, 4, 4, generator=generator)
     name = f"{data_rank}-{step}-{index}"
@@ -35,7 +36,9 @@ def micro_batch(data_rank: int, step: int, index: int) -> Batch:
     if index == 0:
         return batch
     small = Batch(video[:1, :, :1, :2].clone(), ["ü"], torch.tensor([8.0]), [name + "c"], step, 8, latents=video[1:])
-    return pack([batch, small])
+    frames = torch.randint(0, 256, (1, 2, 4, 6, 3), dtype=torch.uint8, generator=generator)
+    decoded = Batch(frames.permute(0, 4, 1, 2, 3), ["d"], torch.tensor([8.0]), [name + "d"], step, 8)
+    return pack([batch, small, decoded])
 
 
 class Plan:
@@ -65,6 +68,8 @@ class Loader:
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
+    if (ours.video.dtype, ours.video.stride()) != (theirs.video.dtype, theirs.video.stride()):
+        return False
     tensors = torch.equal(ours.video, theirs.video) and torch.equal(ours.fps, theirs.fps)
     if (ours.latents is None) != (theirs.latents is None) or len(ours.parts) != len(theirs.parts):
         return False

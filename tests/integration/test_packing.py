@@ -101,7 +101,7 @@ def test_the_first_loss_is_that_of_its_clips_one_by_one(runs: Path) -> None:
     models, objective = build_models(wanted), FlowMatchingObjective(wanted.objective)
     step = next(StepLoader(wanted.data, wanted.seed).steps())
     total, count = 0.0, 0
-    for batch in (part for micro_batch in step.batches for part in micro_batch.parts):
+    for batch in (part.to("cpu") for micro_batch in step.batches for part in micro_batch.parts):
         with torch.no_grad():
             total += float(objective.loss(models, batch, KeyedRng(wanted.seed, 0, batch.sample_ids), "train").total)
         count += len(batch.captions)

@@ -92,7 +92,7 @@ def test_cv_vae_stays_compatible_with_the_image_vae_that_it_grew_from(work: Path
     records = Manifest.load(work / "data").records("held_out")
     config = RunDirectory(run).config["data"] | {"split": "held_out", "micro_batch_size": len(records), "image_share": 0.0}
     config["image_micro_batch_size"] = None
-    video = next(StepLoader(DataConfig.model_validate(config), seed=0).first_clips()).video
+    video = next(StepLoader(DataConfig.model_validate(config), seed=0).first_clips()).to("cpu").video
     frames = video[:, :, ::4]
     with torch.no_grad():
         own = psnr(image.decode(image.encode(frames).mode()).clamp(-1, 1), frames).mean()

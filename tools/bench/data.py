@@ -6,10 +6,12 @@ Clips are 640x360, 48 frames, one key frame each 24, rendered by ffmpeg from tes
 writes them; 16 frames, 2 apart, are read of each from a drawn start. As many processes decode on each side, one thread each:
 
 - bare decode: each process has the compressed bytes in memory and decodes, with the fastest decoder here; nothing is sent.
-- StepLoader: plans, reads shards, checks SHA-256, decodes with the decoder that `auto` takes, and gives float tensors to the
+- StepLoader: plans, reads shards, checks SHA-256, decodes with the decoder that `auto` takes, and gives uint8 tensors to the
   trainer.
+- StepLoader, float: the same, and float tensors of the batches, by `Batch.to`, on the CPU in the trainer's process. A GPU would
+  make them itself.
 - webdataset + decord, as commonly written: WebLoader over a shuffled WebDataset; `decord.VideoReader` and `get_batch` in a map;
-  the same float tensors.
+  the same float tensors. It is compared with the float tensors of StepLoader.
 
 Counted from the first batches on, so that the start of processes does not enter. CPU time is that of all processes of a side,
 and the number to trust on a machine that others use too.
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +132,14 @@ def _cost(batches: Iterator[int], num_clips: int) -> Cost:
     return Cost(wall / count, sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items()) / count)
 
 
-def ours(folder: Path, _: str, num_clips: int, num_workers: int) -> Cost:
-    """StepLoader as it comes."""
+def ours(folder: Path, _: str, num_clips: int, num_workers: int, scaled: bool = False) -> Cost:
+    """StepLoader as it comes; `scaled`: and what `Batch.to` does for a training on the CPU."""
     values = {"manifest": str(folder), "num_frames": NUM_FRAMES, "frame_strides": [STRIDE], "height": HEIGHT, "width": WIDTH}
     options = {"micro_batch_size": BATCH, "num_workers": num_workers, "reading": {"prefetch_mib": 64}}
     steps = StepLoader(DataConfig.model_validate(values | options), seed=0).steps()
     try:
-        return _cost((len(batch.captions) for step in steps for batch in step.batches), num_clips)
+        batches = (batch.to("cpu") if scaled else batch for step in steps for batch in step.batches)
+        return _cost((len(batch.captions) for batch in batches), num_clips)
     finally:
         steps.close()  # type: ignore[attr-defined]
 
@@ -175,7 +179,7 @@ def fastest_decoder(folder: Path) -> str:
 
 
 def main() -> int:
-    """Print one table: medians over the repeats, in which the three take turns, and of the ratios turn by turn."""
+    """Print one table: medians over the repeats, in which all take turns, and of the ratios turn by turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loader", action="store_true", required=True, help="measure the loader")
     parser.add_argument("--clips", type=int, default=96, help="clips of one measurement (default 96)")
@@ -191,6 +195,7 @@ def main() -> int:
         ways: dict[str, Callable[[Path, str, int, int], Cost]] = {
             f"bare decode ({decoder})": bare,
             f"StepLoader ({own})": ours,
+            "StepLoader, float": partial(ours, scaled=True),
             "webdataset + decord": peers,
         }
         costs: dict[str, list[Cost]] = {way: [] for way in ways}
@@ -202,14 +207,14 @@ def main() -> int:
         cpu = [cost.cpu * 1e3 for cost in found]
         rate = 1 / statistics.median(cost.wall for cost in found)
         print(f"{way:28} {statistics.median(cpu):8.1f} ({min(cpu):.1f} to {max(cpu):.1f}) {rate:12.1f}")
-    bare_costs, own_costs, peer_costs = costs.values()
+    bare_costs, own_costs, float_costs, peer_costs = costs.values()
     for what, pairs in (
-        ("of the bare loop", zip(bare_costs, own_costs, strict=True)),
-        ("times webdataset + decord", zip(peer_costs, own_costs, strict=True)),
+        ("StepLoader is {} of the bare loop", zip(bare_costs, own_costs, strict=True)),
+        ("StepLoader, float, is {} times webdataset + decord", zip(peer_costs, float_costs, strict=True)),
     ):
         ratios = [(theirs.cpu / mine.cpu, theirs.wall / mine.wall) for theirs, mine in pairs]
         cpu_ratio, wall_ratio = (statistics.median(values) for values in zip(*ratios, strict=True))
-        print(f"StepLoader is {cpu_ratio:.2f} {what} by CPU time, {wall_ratio:.2f} by the clock")
+        print(f"{what.format(f'{cpu_ratio:.2f}')} by CPU time, {wall_ratio:.2f} by the clock")
     return 0
 
 

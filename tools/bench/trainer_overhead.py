@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ from tests.demo_shards import write_demo_shards  # noqa: E402
 from videofm.config.load import load  # noqa: E402
 from videofm.config.recipe import RecipeConfig  # noqa: E402
 from videofm.config.train import TrainConfig  # noqa: E402
-from videofm.data.loader import Step, StepLoader  # noqa: E402
+from videofm.data.loader import StepLoader  # noqa: E402
 from videofm.data.plan import PlanState  # noqa: E402
 from videofm.parallel.mesh import create_mesh, destroy_mesh  # noqa: E402
 from videofm.run_dir import RunDirectory  # noqa: E402
@@ -32,6 +33,7 @@ from videofm.train.build import Job, build_job, build_models, pick_device  # noq
 from videofm.train.callbacks import Metrics  # noqa: E402
 from videofm.train.trainer import fit  # noqa: E402
 from videofm.train.worker import share_cores  # noqa: E402
+from videofm.types import Batch  # noqa: E402
 
 AIM, WARMUP = 1.05, 10
 
@@ -50,9 +52,9 @@ class BareLoop:
         """Take our time since the last call, then run and time the bare loop."""
         self.ours.append(time.perf_counter() - self.left_at)
         self.waits.append(metrics["data_wait"])
-        step = next(self.steps)
+        batches = [batch.to(job.mesh.device) for batch in next(self.steps).batches]
         started = time.perf_counter()
-        bare_step(job, step)
+        bare_step(job, batches)
         self.left_at = time.perf_counter()
         self.bare.append(self.left_at - started)
 
@@ -60,11 +62,11 @@ class BareLoop:
         """Nothing is left to do."""
 
 
-def bare_step(job: Job, step: Step) -> None:
+def bare_step(job: Job, batches: Sequence[Batch]) -> None:
     """What any user of DeepSpeed writes, with the loss as a mean; the value of the loss is read, as any log does."""
     for phase in job.engines.values():
         engine = phase.engine
-        for batch in step.batches:
+        for batch in batches:
             total, _ = engine(batch)
             loss = total / batch.num_step_samples
             engine.backward(loss, scale_wrt_gas=False)

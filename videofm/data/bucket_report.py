@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from videofm.config.data import DataConfig
 from videofm.data.buckets import Bucket, BucketBatch, Buckets, Pack, Placement, cropped_share
-from videofm.data.draws import PlanState
+from videofm.data.draws import Clip, PlanState
 from videofm.data.plan import DataPlan
 from videofm.data.source import ClipSource, Survey
 from videofm.errors import ConfigError
@@ -102,7 +102,7 @@ class _Tally:
         self.packs: list[int] = []
         self.tokens = Counter[Bucket]()
 
-    def add(self, step: Sequence[BucketBatch | Pack]) -> None:
+    def add(self, step: Sequence[BucketBatch[Clip] | Pack[Clip]]) -> None:
         """One step."""
         count = self.num_micro_batches
         self.shares.update(batch.bucket for batch in step[:count] if isinstance(batch, BucketBatch))

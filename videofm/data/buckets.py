@@ -12,14 +12,20 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Generic, TypeVar
 
 from videofm.config.buckets import BucketsConfig, BucketSizeConfig
 from videofm.config.data import DataConfig
-from videofm.data.draws import Clip, Shape
+from videofm.data.draws import Shape
 from videofm.errors import ConfigError
+
+Item = TypeVar("Item", bound=Hashable)
+"""What is packed: a clip, or whatever stands for one."""
+
+Other = TypeVar("Other", bound=Hashable)
 
 _MAX_PLACES = 100_000
 """Shapes whose place is remembered."""
@@ -60,12 +66,12 @@ class Placement:
     image: Bucket | None
 
 
-@dataclass(frozen=True)
-class BucketBatch:
+@dataclass(frozen=True, slots=True)
+class BucketBatch(Generic[Item]):
     """A micro-batch before anything is drawn for its clips."""
 
     bucket: Bucket
-    clips: list[Clip]
+    clips: list[Item]
 
     @property
     def cost(self) -> Fraction:
@@ -73,19 +79,23 @@ class BucketBatch:
         return len(self.clips) * self.bucket.cost
 
     @property
-    def pairs(self) -> list[tuple[Bucket, Clip]]:
+    def pairs(self) -> list[tuple[Bucket, Item]]:
         """Each clip with its bucket."""
         return [(self.bucket, clip) for clip in self.clips]
 
+    def of(self, clip_of: Callable[[Item], Other]) -> BucketBatch[Other]:
+        """The same with what `clip_of` gives for each clip."""
+        return BucketBatch(self.bucket, list(map(clip_of, self.clips)))
 
-@dataclass
-class Pack:
+
+@dataclass(slots=True)
+class Pack(Generic[Item]):
     """A micro-batch of clips of any buckets, of `num_tokens` tokens together."""
 
-    pairs: list[tuple[Bucket, Clip]]
+    pairs: list[tuple[Bucket, Item]]
     num_tokens: int = 0
 
-    def add(self, bucket: Bucket, clip: Clip) -> None:
+    def add(self, bucket: Bucket, clip: Item) -> None:
         """One clip more."""
         self.pairs.append((bucket, clip))
         self.num_tokens += bucket.num_tokens
@@ -95,13 +105,17 @@ class Pack:
         """What it costs in tokens."""
         return Fraction(self.num_tokens)
 
+    def of(self, clip_of: Callable[[Item], Other]) -> Pack[Other]:
+        """The same with what `clip_of` gives for each clip."""
+        return Pack([(bucket, clip_of(clip)) for bucket, clip in self.pairs], self.num_tokens)
+
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Generic[Item]):
     """The steps that a sequence of clips fills, each a list of micro-batches, and the clips that fill none, in order."""
 
-    steps: Sequence[Sequence[BucketBatch | Pack]]
-    rest: list[Clip]
+    steps: Sequence[Sequence[BucketBatch[Item] | Pack[Item]]]
+    rest: list[Item]
 
 
 class Buckets:
@@ -156,7 +170,7 @@ class Buckets:
                 self._places[facts] = bucket if isinstance(bucket, str) else Placement(bucket, None)
         return self._places[facts]
 
-    def pack(self, clips: Sequence[Clip], bucket_of: Callable[[Clip], Bucket]) -> Packed:
+    def pack(self, clips: Sequence[Item], bucket_of: Callable[[Item], Bucket]) -> Packed[Item]:
         """Fill micro-batches, and steps of `num_micro_batches` of them, with clips in their order.
 
         With `image_padding` a step may be followed by as many micro-batches of images. However many ranks share a step out,
@@ -164,13 +178,13 @@ class Buckets:
         """
         # A window may have 250,000 clips: what is made for each of them does not live longer than it must.
         sorted_out = ((bucket_of(clip), clip) for clip in clips)
-        steps: Sequence[Sequence[BucketBatch | Pack]]
+        steps: Sequence[Sequence[BucketBatch[Item] | Pack[Item]]]
         if self.config.packing is not None:
-            packing = _Packing(self.config, min(bucket.num_tokens for bucket in self.all))
+            packing = _Packing[Item](self.config, min(bucket.num_tokens for bucket in self.all))
             steps = list(packing.take(sorted_out))
             left = packing.left()
             return Packed(steps, [clip for clip in clips if clip in left])
-        filling = _Filling(self.config.num_micro_batches)
+        filling = _Filling[Item](self.config.num_micro_batches)
         if not self.section.image_padding:
             steps = list(filling.take(sorted_out))
         else:
@@ -206,19 +220,19 @@ class Buckets:
         return max(found, key=lambda b: (b.num_frames, b.height * b.width, -ratios[b], b.width))
 
     def _pad(
-        self, steps: Sequence[list[BucketBatch]], images: Sequence[tuple[Bucket, Clip]]
-    ) -> tuple[list[list[BucketBatch]], list[tuple[Bucket, Clip]]]:
+        self, steps: Sequence[list[BucketBatch[Item]]], images: Sequence[tuple[Bucket, Item]]
+    ) -> tuple[list[list[BucketBatch[Item]]], list[tuple[Bucket, Item]]]:
         """Steps with images given to the cheapest, one a micro-batch at a time (Step-Video, section 6.2.4 of its report), and
         the images left.
 
         The images of a step are of one bucket, the fullest when it gets its first.
         """
-        pools: dict[Bucket, deque[Clip]] = {}
+        pools: dict[Bucket, deque[Item]] = {}
         for bucket, clip in images:
             pools.setdefault(bucket, deque()).append(clip)
         target = max(bucket.micro_batch_cost for bucket in self.all)
         count = self.config.num_micro_batches
-        given: dict[int, list[BucketBatch]] = {}
+        given: dict[int, list[BucketBatch[Item]]] = {}
         open_steps = [(max(batch.cost for batch in step), index) for index, step in enumerate(steps)]
         heapq.heapify(open_steps)
         while open_steps and pools:
@@ -233,15 +247,15 @@ class Buckets:
         return [step + given.get(index, []) for index, step in enumerate(steps)], [p for p in images if p[1] in left]
 
 
-class _Filling:
+class _Filling(Generic[Item]):
     """Micro-batches that fill up, and steps of one cost class that fill up with them."""
 
     def __init__(self, num_micro_batches: int) -> None:
         self.num_micro_batches = num_micro_batches
-        self._batches: dict[Bucket, BucketBatch] = {}
-        self._steps: dict[int, list[BucketBatch]] = {}
+        self._batches: dict[Bucket, BucketBatch[Item]] = {}
+        self._steps: dict[int, list[BucketBatch[Item]]] = {}
 
-    def take(self, clips: Iterable[tuple[Bucket, Clip]]) -> Iterable[list[BucketBatch]]:
+    def take(self, clips: Iterable[tuple[Bucket, Item]]) -> Iterable[list[BucketBatch[Item]]]:
         """The steps that become full."""
         for bucket, clip in clips:
             batch = self._batches.setdefault(bucket, BucketBatch(bucket, []))
@@ -253,13 +267,13 @@ class _Filling:
             if len(step) == self.num_micro_batches:
                 yield self._steps.pop(bucket.cost_class)
 
-    def left(self) -> set[Clip]:
+    def left(self) -> set[Item]:
         """The clips that wait in micro-batches and steps that are not full."""
         waiting = [*self._batches.values(), *(batch for step in self._steps.values() for batch in step)]
         return {clip for batch in waiting for clip in batch.clips}
 
 
-class _Packing:
+class _Packing(Generic[Item]):
     """Packs that fill up, and steps that fill up with them.
 
     A clip goes into the first open pack that has room. A pack is closed when no clip of any size fits any more, or as the
@@ -269,10 +283,10 @@ class _Packing:
     def __init__(self, config: DataConfig, smallest: int) -> None:
         assert config.packing is not None
         self.num_tokens, self.num_packs, self.smallest = config.packing.num_tokens, config.num_micro_batches, smallest
-        self._open: list[Pack] = []
-        self._step: list[Pack] = []
+        self._open: list[Pack[Item]] = []
+        self._step: list[Pack[Item]] = []
 
-    def take(self, clips: Iterable[tuple[Bucket, Clip]]) -> Iterable[list[Pack]]:
+    def take(self, clips: Iterable[tuple[Bucket, Item]]) -> Iterable[list[Pack[Item]]]:
         """The steps that become full."""
         for bucket, clip in clips:
             room = self.num_tokens - bucket.num_tokens
@@ -286,11 +300,11 @@ class _Packing:
             elif len(self._open) > _OPEN_PACKS:
                 yield from self._close(self._open[0])
 
-    def left(self) -> set[Clip]:
+    def left(self) -> set[Item]:
         """The clips that wait in packs and steps that are not full."""
         return {clip for pack in (*self._step, *self._open) for _, clip in pack.pairs}
 
-    def _close(self, pack: Pack) -> Iterable[list[Pack]]:
+    def _close(self, pack: Pack[Item]) -> Iterable[list[Pack[Item]]]:
         self._open = [other for other in self._open if other is not pack]
         self._step.append(pack)
         if len(self._step) == self.num_packs:
@@ -298,7 +312,7 @@ class _Packing:
             self._step = []
 
 
-def fill_of(step: Sequence[BucketBatch | Pack], config: DataConfig) -> float | None:
+def fill_of(step: Sequence[BucketBatch[Item] | Pack[Item]], config: DataConfig) -> float | None:
     """The share of the tokens of a step's packs that is used; None without packs."""
     if config.packing is None:
         return None

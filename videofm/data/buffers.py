@@ -13,8 +13,8 @@ import numpy as np
 class Buffers:
     """Gives out arrays of about one size, and takes their memory back when nothing refers to them any more.
 
-    A tensor over an array (`torch.from_numpy`) and every view refer to it, so memory never has two users. What it holds, in use
-    or free, is at most what was in use at one time.
+    A tensor over an array (`torch.from_numpy`), as a batch has one, and every view refer to it, so memory never has two users.
+    What it holds, in use or free, is at most what was in use at one time.
 
     Attributes:
         num_made: arrays for which fresh memory was taken.

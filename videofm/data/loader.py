@@ -2,7 +2,8 @@
 
 The process that trains owns the plan; decoding processes get clips to read and give frames back (`workers.py`). A clip that
 cannot be read is replaced by a spare of the plan, the same on every rank. The position counts the steps that were *consumed*,
-so what was fetched ahead is simply fetched again after a resume.
+so what was fetched ahead is simply fetched again after a resume. Pixels stay uint8, in the memory that they were decoded into;
+`Batch.to` scales them, on the device that trains.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from videofm.data.index import ClipRecord
 from videofm.data.manifest import Manifest
 from videofm.data.packing import pack
 from videofm.data.plan import REMEMBERED_STEPS, DataPlan, Draw, PlanState, StepPlan
-from videofm.data.reader import BadClipError, ClipReader, ReaderSettings, resize, video_tensor
+from videofm.data.reader import BadClipError, ClipReader, ReaderSettings, resize, video_tensor, video_view
 from videofm.data.workers import Decoding, InProcess, Job, WorkerPool
 from videofm.errors import DataError
 from videofm.files import sha256_of
@@ -102,7 +103,7 @@ class StepLoader:
         self.plan = DataPlan.open(config, seed, self._fetch if config.reading.cache_dir is not None else None)
         self.bad_clips = BadClips(config.reading.max_replaced_share, quarantine)
         self.counts: Counter[str] = Counter()
-        self._reader, self._frames, self._videos = ClipReader(self.settings), Buffers(), Buffers()
+        self._reader, self._frames = ClipReader(self.settings), Buffers()
         for manifest in self._manifests.values():
             # The self-test of what decodes, before the first step.
             self._reader.decoder(canonical=not str(manifest.table["config_hash"][0].as_py()).startswith("foreign:"))
@@ -192,7 +193,7 @@ class StepLoader:
     def _batch_of_size(self, decoding: Decoding, micro_batch: _MicroBatch, step: StepPlan) -> Batch:
         samples = [self._read(decoding, sample) for sample in micro_batch.samples]
         return Batch(
-            video=video_tensor(micro_batch.frames, self._videos),
+            video=video_view(micro_batch.frames),
             captions=[sample.record.caption for sample in samples],
             fps=torch.tensor([sample.record.fps / sample.draw.stride for sample in samples], dtype=torch.float32),
             sample_ids=[sample.draw.sample_id for sample in samples],

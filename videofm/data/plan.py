@@ -303,7 +303,9 @@ class DataPlan:
             for size, num_frames in [video] * num_videos + [image] * num_images
         ]
 
-    def _bucket_step(self, source: ClipSource, batches: Sequence[BucketBatch | Pack], step: int, after: PlanState) -> StepPlan:
+    def _bucket_step(
+        self, source: ClipSource, batches: Sequence[BucketBatch[Clip] | Pack[Clip]], step: int, after: PlanState
+    ) -> StepPlan:
         draws = [[self._bucket_draw(source, clip, bucket, step) for bucket, clip in batch.pairs] for batch in batches]
         return StepPlan(draws, after, fill_of(batches, self.config))
 
@@ -341,7 +343,7 @@ def _generator(source: ClipSource, clip: Clip, what: str) -> Any:
     return generator(*source.key, what, clip.epoch, clip.key)
 
 
-def _packed_steps(source: ClipSource, state: PlanState) -> Iterator[tuple[Sequence[BucketBatch | Pack], PlanState]]:
+def _packed_steps(source: ClipSource, state: PlanState) -> Iterator[tuple[Sequence[BucketBatch[Clip] | Pack[Clip]], PlanState]]:
     """The steps of a source with buckets, each with the source's position after it."""
     while True:
         packed = source.packed(state)

@@ -13,10 +13,10 @@ import torch
 from torch.nn.functional import interpolate
 
 from videofm.data import storage
-from videofm.data.buffers import Buffers
 from videofm.data.cache import ShardCache
 from videofm.data.decode import Decoder, choose
 from videofm.errors import DataError
+from videofm.pixels import scaled
 
 
 class BadClipError(DataError):
@@ -214,14 +214,11 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return images.permute(0, 2, 3, 1).contiguous().numpy()  # (T, C, H, W) -> (T, H, W, C)
 
 
-def video_tensor(frames: np.ndarray, buffers: Buffers | None = None) -> torch.Tensor:
-    """uint8 frames `(B, T, H, W, 3)` as a float video `(B, 3, T, H, W)` in [-1, 1], in memory of `buffers` if given."""
-    batch, num_frames, height, width, _ = frames.shape
-    shape = (batch, 3, num_frames, height, width)
-    video = torch.from_numpy(buffers.take(shape, np.float32) if buffers is not None else np.empty(shape, np.float32))
-    # Contiguous: convolutions on a CPU are slower on the strides of frames as they were decoded. Frame by frame: it stays in
-    # the cache from one operation to the next.
-    for clip, images in zip(video, torch.from_numpy(frames).permute(0, 1, 4, 2, 3), strict=True):  # (T, C, H, W)
-        for index, image in enumerate(images):
-            clip[:, index].copy_(image).div_(127.5).sub_(1.0)
-    return video
+def video_view(frames: np.ndarray) -> torch.Tensor:
+    """uint8 frames `(B, T, H, W, 3)` as a video `(B, 3, T, H, W)`, still uint8 and the same memory."""
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3)  # (B, T, H, W, C) -> (B, C, T, H, W)
+
+
+def video_tensor(frames: np.ndarray) -> torch.Tensor:
+    """uint8 frames `(B, T, H, W, 3)` as a float32 video `(B, 3, T, H, W)` in [-1, 1]."""
+    return scaled(video_view(frames))

@@ -7,16 +7,17 @@ permuted. A dataset of any size costs one row a shard and the window that is bei
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, Protocol, overload
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
 
 from videofm.config.data import DataConfig
-from videofm.data.buckets import Bucket, Buckets, Packed, Placement
+from videofm.data.buckets import Bucket, BucketBatch, Buckets, Pack, Packed, Placement
 from videofm.data.draws import Clip, Draw, PlanState, Shape, generator, uniform
 from videofm.data.index import ClipRecord, records_of
 from videofm.data.sizes import no_clip, refusal
@@ -25,6 +26,9 @@ from videofm.errors import DataError
 
 _RECORD_BYTES = 32 << 20
 """Bytes of whole index tables that stay in memory for `record`."""
+
+_CLIPS_A_TIME = 4096
+"""Clips that are made of columns at a time where all of a window are looked at: as objects they take five times the memory."""
 
 _WINDOWS = 2
 """Windows that stay in memory: one that is trained on, and the next one where reading is ahead."""
@@ -85,6 +89,54 @@ class _Rows:
         facts = zip(keys, self.parts[part].tolist(), self.codes[part].tolist(), strict=True)
         return [Clip(key, self.epoch, self.shards[part], self.shapes[code]) for key, part, code in facts]
 
+    def at(self, numbers: Sequence[int]) -> list[Clip]:
+        """Those of these numbers."""
+        rows = np.array(numbers, np.int64)
+        return replace(self, keys=self.keys.take(rows), parts=self.parts[rows], codes=self.codes[rows]).clips()
+
+    def each(self) -> Iterator[Clip]:
+        """All of them, a few in memory at a time."""
+        for start in range(0, len(self), _CLIPS_A_TIME):
+            yield from self.clips(start, start + _CLIPS_A_TIME)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """The clips that are packed together, by number: those carried into a window, then its own."""
+
+    carry: tuple[Clip, ...]
+    rows: _Rows
+
+    def at(self, numbers: Sequence[int]) -> dict[int, Clip]:
+        """The clips of these numbers."""
+        count = len(self.carry)
+        own = [number for number in numbers if number >= count]
+        found = dict(zip(own, self.rows.at([number - count for number in own]), strict=True))
+        return found | {number: self.carry[number] for number in numbers if number < count}
+
+
+class _Steps(Sequence[list[BucketBatch[Clip] | Pack[Clip]]]):
+    """Steps of clips, made of steps of their numbers when one is asked for."""
+
+    def __init__(self, steps: Sequence[Sequence[BucketBatch[int] | Pack[int]]], clips: _Numbered) -> None:
+        self._steps, self._clips = steps, clips
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, index: int) -> list[BucketBatch[Clip] | Pack[Clip]]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> _Steps: ...
+
+    def __getitem__(self, index: int | slice) -> list[BucketBatch[Clip] | Pack[Clip]] | _Steps:
+        if isinstance(index, slice):
+            return _Steps(self._steps[index], self._clips)
+        step = self._steps[index]
+        clip_of: Callable[[int], Clip] = self._clips.at([number for batch in step for _, number in batch.pairs]).__getitem__
+        return [batch.of(clip_of) for batch in step]
+
 
 class ClipSource:
     """The endless order of the clips of one dataset.
@@ -143,10 +195,14 @@ class ClipSource:
         self._windows.move_to_end((epoch, window))
         return self._windows[epoch, window]
 
-    def packed(self, state: PlanState) -> Packed:
+    def packed(self, state: PlanState) -> Packed[Clip]:
         """What the clips of the window of `state`, and those carried into it, fill; steps are not permuted. Needs buckets."""
         assert self.buckets is not None
-        return self.buckets.pack([*state.carry, *self.window(state.epoch, state.window).clips()], self.bucket_of)
+        clips = _Numbered(state.carry, self.window(state.epoch, state.window))
+        buckets = list(map(self.bucket_of, chain(clips.carry, clips.rows.each())))
+        packed = self.buckets.pack(range(len(buckets)), buckets.__getitem__)
+        rest = clips.at(packed.rest)
+        return Packed(_Steps(packed.steps, clips), [rest[number] for number in packed.rest])
 
     def next_window(self, state: PlanState, carry: Sequence[Clip]) -> PlanState:
         """The position at the start of the window after that of `state`."""

@@ -35,7 +35,7 @@ def measure_latent_statistics(vae: nn.Module, batches: Iterable[Batch]) -> Chann
     try:
         for batch in batches:
             # (B, C, T, H, W) -> (C, B * T * H * W)
-            means = vae.encode(batch.video.to(device)).mean.double().cpu().transpose(0, 1).flatten(1)
+            means = vae.encode(batch.to(device).video).mean.double().cpu().transpose(0, 1).flatten(1)
             total, squares = total + means.sum(1), squares + means.square().sum(1)
             count, num_clips = count + means.shape[1], num_clips + batch.video.shape[0]
     finally:

@@ -150,7 +150,7 @@ class Diagnostics:
         with averaged_weights(job.averages.values()), torch.no_grad():
             vae.eval()
             for batch in first_clips(job.loader.first_clips(), self.num_clips):
-                found.update(vae.encode(batch.video.to(job.mesh.device)))
+                found.update(vae.encode(batch.to(job.mesh.device).video))
                 read += len(batch.video)
             vae.train()
         if job.mesh.is_main:

@@ -73,27 +73,35 @@ def share_batch(batch: Batch | None, mesh: Mesh) -> Batch:
 def _share_tensors(batch: Batch | None, found: Mapping[str, Any], mesh: Mesh) -> Batch:
     """The batch that `found` describes, and its parts."""
     values: dict[str, Any] = dict(found["values"])
-    for name, (dtype, shape) in found["tensors"].items():
+    for name, (dtype, shape, order) in found["tensors"].items():
         if batch is not None:
-            tensor = getattr(batch, name).to(mesh.device).contiguous()
+            tensor = getattr(batch, name).to(mesh.device).permute(order).contiguous()
         else:
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=mesh.device)
+            tensor = torch.empty([shape[dim] for dim in order], dtype=getattr(torch, dtype), device=mesh.device)
         _broadcast(tensor, mesh)
-        values[name] = tensor
+        values[name] = tensor.permute([order.index(dim) for dim in range(len(order))])
     parts = batch.parts if batch is not None else [None] * len(found["parts"])
     values["parts"] = tuple(_share_tensors(part, told, mesh) for part, told in zip(parts, found["parts"], strict=True))
     return Batch(**values)
 
 
 def _describe(batch: Batch) -> dict[str, Any]:
-    """What is told before the tensors: their types and shapes, and all that is no tensor."""
+    """What is told before the tensors: their types, shapes and orders in memory, and all that is no tensor."""
     held = _held(batch)
     tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     return {
-        "tensors": {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()},
+        "tensors": {
+            name: (str(value.dtype).removeprefix("torch."), list(value.shape), _memory_order(value))
+            for name, value in tensors.items()
+        },
         "values": {name: value for name, value in held.items() if name not in tensors},
         "parts": [_describe(part) for part in batch.parts],
     }
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dims of a tensor from the farthest apart in memory to the nearest: frames as they were decoded go without a copy."""
+    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
 
 
 def _held(batch: Batch) -> dict[str, Any]:

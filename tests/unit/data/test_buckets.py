@@ -295,6 +295,23 @@ def test_padding_evens_steps():
     assert spreads[True] < spreads[False] and spreads[True] < 1.06
 
 
+@pytest.mark.parametrize("padding", [False, True])
+def test_packing_numbers_is_packing_clips(padding):
+    """A source packs the numbers of clips and makes clips of a step when it is asked for; to pack the clips themselves, those
+    that are carried first, gives the same steps and the same rest. Three windows, the last two with clips carried into them."""
+    plan = plan_of(records(2000), "h", config({"window_shards": 9}, image_share=0.5, image_padding=padding), 0)
+    (source,), state, carried = plan.sources.values(), PlanState(), []
+    for _ in range(3):
+        packed = source.packed(state)
+        clips = [*state.carry, *source.window(state.epoch, state.window).clips()]
+        expected = plan.buckets.pack(clips, source.bucket_of)
+        assert [list(step) for step in packed.steps] == expected.steps and packed.rest == expected.rest
+        assert list(packed.steps[-2:]) == expected.steps[-2:] and packed.steps[-1] == expected.steps[-1]
+        carried.append(len(state.carry))
+        state = source.next_window(state, packed.rest)
+    assert carried[0] == 0 < min(carried[1:])
+
+
 def test_another_order_is_refused_by_field():
     plain = plan_of(records(), "h", config({"buckets": None, "crop": "random"}), 0)
     assert "buckets" not in plain.identity
@@ -366,7 +383,7 @@ def test_batches_hold_the_pixels_that_the_plan_names(shards, changes):
             assert torch.equal(batch.video, other.video) and batch.sample_ids == other.sample_ids
             assert batch.num_step_samples == step.num_samples == sum(map(len, plan.micro_batches))
             shapes.add(tuple(batch.video.shape[2:]))
-            for draw, video in zip(draws, batch.video, strict=True):
+            for draw, video in zip(draws, batch.to("cpu").video, strict=True):
                 frames = decoder.read(read_clip(shards, loader.plan.record(draw)), draw.frames)
                 rows, columns = slice(draw.top, draw.top + draw.height), slice(draw.left, draw.left + draw.width)
                 assert torch.equal(video, video_tensor(resize(frames, *draw.resized)[None, :, rows, columns])[0])

@@ -70,7 +70,7 @@ def test_the_loss_of_a_cache_is_that_of_the_pixels(shared: dict[str, Any], mode:
             assert encoded.video.numel() == 0 and (encoded.text is None) == (mode == "latents")
             rng = KeyedRng(0, batch.step, batch.sample_ids)
             dropped += int((rng.uniform("caption") < 0.5).sum())
-            losses = [objective.loss(roles, part, rng, "train") for part in (batch, encoded)]
+            losses = [objective.loss(roles, part.to("cpu"), rng, "train") for part in (batch, encoded)]
             torch.testing.assert_close(losses[1].total, losses[0].total, rtol=1e-6, atol=1e-6)
             for name, value in losses[0].metrics.items():
                 torch.testing.assert_close(losses[1].metrics[name], value, rtol=1e-5, atol=1e-6)
@@ -103,7 +103,7 @@ def test_packs_of_a_cache(tmp_path: Path) -> None:
         assert all(part.video.numel() == 0 and part.latents is not None for part in encoded.parts)
         num_parts.append(len(encoded.parts))
         rng = KeyedRng(0, batch.step, batch.sample_ids)
-        losses = [objective.loss(roles, one, rng, "train") for one in (batch, encoded)]
+        losses = [objective.loss(roles, one.to("cpu"), rng, "train") for one in (batch, encoded)]
         torch.testing.assert_close(losses[1].total, losses[0].total, rtol=1e-6, atol=1e-6)
         for name, value in losses[0].metrics.items():
             torch.testing.assert_close(losses[1].metrics[name], value, rtol=1e-5, atol=1e-6)

@@ -85,7 +85,7 @@ def test_a_folder_of_webdataset_trains_after_indexing(tmp_path, clips):
     step = next(StepLoader(config, 0).steps())
     pixels = dict(zip((r.key for r in records), clips, strict=True))
     for batch in step.batches:
-        for video, sample_id in zip(batch.video, batch.sample_ids, strict=True):
+        for video, sample_id in zip(batch.to("cpu").video, batch.sample_ids, strict=True):
             path = tmp_path / "one.mp4"
             path.write_bytes(pixels[sample_id.split("@")[0]])
             frames = read_video(path).astype(np.float32) / 127.5 - 1

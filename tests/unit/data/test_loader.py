@@ -39,12 +39,22 @@ def mixed(shards: Path, **changes) -> DataConfig:
 
 
 def videos(steps) -> list[torch.Tensor]:
-    return [batch.video for step in steps for batch in step.batches]
+    return [batch.to("cpu").video for step in steps for batch in step.batches]
 
 
-def test_pixels_map_to_minus_one_and_one():
-    frames = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 1, 3)
-    assert video_tensor(frames).flatten().tolist() == pytest.approx([-1.0, 1.0, -0.6])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pixels_leave_as_they_were_decoded(shards, num_workers):
+    """uint8, frames one after the other and never copied; `to` scales them, and then their memory serves later batches."""
+    loader = StepLoader(config(shards, num_workers=num_workers), 0)
+    steps = loader.steps()
+    for _ in range(12):
+        for batch in next(steps).batches:
+            assert batch.video.dtype == torch.uint8 and batch.video.permute(0, 2, 3, 4, 1).is_contiguous()
+            assert torch.equal(batch.to("cpu").video, video_tensor(batch.video.permute(0, 2, 3, 4, 1).numpy()))
+            assert batch.to("meta").video.dtype == torch.float32
+    steps.close()
+    # Of 24 micro-batches and more: those of a step and of the one before, and of 32 clips that workers are asked for ahead.
+    assert loader._frames.num_made <= (22 if num_workers else 6)
 
 
 @pytest.mark.parametrize("changes", [{"cache_mib": 1}, {"num_workers": 2}, {"decoder": "pyav"}])
@@ -83,7 +93,7 @@ def test_batches_hold_the_pixels_that_the_plan_names(large_shards, changes):
     for plan, step in zip(islice(loader.plan.steps(), 4), loader.steps(), strict=False):
         assert [batch.video.shape for batch in step.batches] == [(2, 3, 5, 32, 40)] * 2 + [(3, 3, 1, 32, 40)] * 2
         for draws, batch in zip(plan.micro_batches, step.batches, strict=True):
-            for draw, video, fps in zip(draws, batch.video, batch.fps, strict=True):
+            for draw, video, fps in zip(draws, batch.to("cpu").video, batch.fps, strict=True):
                 whole = decoder.read(read_clip(large_shards, loader.plan.record(draw)), range(16))
                 times = [draw.start_frame + draw.stride * i for i in range(draw.num_frames)]
                 expected = whole[times][:, draw.top : draw.top + 32, draw.left : draw.left + 40]
@@ -112,7 +122,7 @@ def test_frames_are_resized_before_the_window_is_cut(large_shards):
     settings = {"resize_short_side": 36, "crop": "random"}
     loader, decoder = StepLoader(config(large_shards, **settings), 0), decode.choose("auto")
     step, draws = next(loader.steps()), next(loader.plan.steps()).micro_batches[0]
-    for draw, video in zip(draws, step.batches[0].video, strict=True):
+    for draw, video in zip(draws, step.batches[0].to("cpu").video, strict=True):
         frames = resize(decoder.read(read_clip(large_shards, loader.plan.record(draw)), draw.frames), 36, 36)
         window = frames[:, draw.top : draw.top + 32, draw.left : draw.left + 32]
         assert torch.equal(video, video_tensor(window[None])[0])

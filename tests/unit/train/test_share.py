@@ -2,7 +2,8 @@
 
 import torch
 
-from videofm.train.share import digest
+from videofm.train.share import _describe, digest
+from videofm.types import Batch
 
 
 def test_equal_things_have_equal_digests() -> None:
@@ -30,3 +31,20 @@ def test_a_long_tensor_is_sampled() -> None:
         other = long.clone()
         other[index] = 1
         assert (digest(other) != digest(long)) is seen, index
+
+
+def test_tokens_are_told_as_integers() -> None:
+    """The other ranks make room by what is told: type and shape of each tensor, and which fields hold none."""
+    video, fps, indices = torch.zeros(2, 3, 0, 0, 0), torch.ones(2), torch.full((2, 3, 4, 5), 2**40)
+    told = _describe(Batch(video, ["a", "b"], fps, ["0", "1"], 0, 2, indices=indices))
+    assert told["tensors"]["indices"] == ("int64", [2, 3, 4, 5], [0, 1, 2, 3])
+    assert set(told["tensors"]) == {"video", "fps", "indices"}
+    assert told["values"]["rollouts"] is None and told["values"]["latents"] is None
+
+
+def test_frames_are_told_in_the_order_of_their_memory() -> None:
+    """As decoded, `(B, T, H, W, 3)`: permuted so they are contiguous, and go to the other ranks without a copy."""
+    video = torch.zeros(2, 5, 4, 6, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    dtype, shape, order = _describe(Batch(video, ["a", "b"], torch.ones(2), ["0", "1"], 0, 2))["tensors"]["video"]
+    assert (dtype, shape, order) == ("uint8", [2, 3, 5, 4, 6], [0, 2, 3, 4, 1])
+    assert video.permute(order).is_contiguous() and video.permute(order).data_ptr() == video.data_ptr()
