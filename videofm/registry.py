@@ -18,6 +18,8 @@ MODELS = {
     "vae/step_video": "videofm.models.vae.step_video:SPEC",
     "dit/ltx": "videofm.models.dit.ltx:SPEC",
     "dit/step_video": "videofm.models.dit.step_video:SPEC",
+    "ar/transformer": "videofm.models.ar:SPEC",
+    "arlon/tokenizer": "videofm.models.arlon.tokenizer:SPEC",
     "text/t5": "videofm.models.text.t5:SPEC",
     "text/step_video": "videofm.models.text.step_video:SPEC",
     "discriminator/patchgan_3d": "videofm.models.discriminators.patchgan_3d:SPEC",
@@ -27,7 +29,23 @@ MODELS = {
 
 OBJECTIVES = {
     "autoencoder": "videofm.objectives.autoencoder:AutoencoderObjective",
+    "latent_tokens": "videofm.objectives.latent_tokens:LatentTokensObjective",
     "flow_matching": "videofm.objectives.flow_matching:FlowMatchingObjective",
+    "next_token": "videofm.objectives.next_token:NextTokenObjective",
+}
+
+INJECTIONS = {
+    "adaptive_norm": "videofm.models.arlon.injection:AdaptiveNorm",
+    "mlp": "videofm.models.arlon.injection:MLP",
+    "controlnet": "videofm.models.arlon.injection:ControlNet",
+}
+
+QUANTIZERS = {
+    "vq": "videofm.models.quantizers.vq:VectorQuantizer",
+    "vq_ema": "videofm.models.quantizers.ema:EMAQuantizer",
+    "simvq": "videofm.models.quantizers.simvq:SimVQ",
+    "fsq": "videofm.models.quantizers.fsq:FSQ",
+    "rvq": "videofm.models.quantizers.rvq:ResidualQuantizer",
 }
 
 ATTENTION_BACKENDS = {
@@ -78,6 +96,7 @@ SCORE_MODELS = {
 
 ENCODERS = {
     "latents": "videofm.train.encoders:LatentEncoder",
+    "tokens": "videofm.train.token_encoder:TokenEncoder",
     "text": "videofm.train.encoders:TextEncoder",
 }
 

@@ -2,6 +2,7 @@
 
 from videofm.models.catalog import adapter, build, config, inflate, model_spec, names, sizes
 from videofm.models.initial import Initial, initial
+from videofm.models.injection import InjectionSpec, freeze_base, inject_features, injection_spec, refuse_injection
 from videofm.models.io import (
     CRITIC,
     describe,
@@ -21,15 +22,19 @@ from videofm.models.spec import ParallelOptions
 __all__ = [
     "CRITIC",
     "Initial",
+    "InjectionSpec",
     "ParallelOptions",
     "adapter",
     "build",
     "config",
     "describe",
     "freeze_all_but_lora",
+    "freeze_base",
     "inflate",
     "initial",
+    "inject_features",
     "inject_lora",
+    "injection_spec",
     "load",
     "load_weights",
     "lora_spec",
@@ -37,6 +42,7 @@ __all__ = [
     "model_spec",
     "names",
     "newest_checkpoint",
+    "refuse_injection",
     "save",
     "save_adapter",
     "save_base",

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from videofm.attention import AttentionSpec, choose
 from videofm.attention.strategies import SequencePlace, none
+from videofm.models.injection import PREFIX, block_copies, injection_layers
 from videofm.models.recompute import treat_blocks
 from videofm.models.spec import ParallelOptions
 from videofm.registry import ATTENTION_STRATEGIES, lookup
+
+_Line = TypeVar("_Line", bound=Any)
+"""A line of a tensor table, which lies in `videofm.parallel`."""
 
 
 def bind_blocks(model: Any, mesh: Any, options: ParallelOptions | None) -> SequencePlace | None:
     """Bind self-attention and attention to the text in every block of a transformer, then compile or recompute its blocks.
 
-    Attention to the text stays on each rank: its keys are whole everywhere.
+    Attention to the text stays on each rank: its keys are whole everywhere. Copies of blocks that an injection holds are blocks
+    too, and its layers recompute and compile like them.
 
     Args:
         model: a transformer on its device, split over tensor ranks already, with `blocks`, `proj_in` and a config with
@@ -42,10 +48,20 @@ def bind_blocks(model: Any, mesh: Any, options: ParallelOptions | None) -> Seque
     place = SequencePlace(mesh.context_group, mesh.ulysses_group, mesh.ring_group) if shares else None
     strategy = lookup(ATTENTION_STRATEGIES, choose_strategy(options.context_strategy, mesh), "attention strategy")
     attend = strategy.wrap(backend, place, spec)
-    for block in model.blocks:
+    copies = list(block_copies(model))
+    for block in (*model.blocks, *copies):
         block.self_attention.attend, block.cross_attention.attend = attend, attend_text
-    treat_blocks(model.blocks, options)
+    for treated in (model.blocks, copies, injection_layers(model)):
+        treat_blocks(treated, options)
     return place
+
+
+def table_with_copies(table: tuple[_Line, ...], model: nn.Module) -> tuple[_Line, ...]:
+    """The tensor table of a transformer; what it says of blocks also of the copies of blocks that its injection may have."""
+    if not list(block_copies(model)):
+        return table
+    about_blocks = [line for line in table if line.pattern.startswith("blocks.")]
+    return table + tuple(replace(line, pattern=f"{PREFIX}{line.pattern}") for line in about_blocks)
 
 
 def choose_strategy(name: str, mesh: Any) -> str:

@@ -12,7 +12,7 @@ from videofm.errors import ConfigError
 
 
 def flops_per_sample(model_or_config: Any, num_tokens: int, num_text_tokens: int) -> int:
-    """FLOPs of one sample forward and backward through the blocks of a diffusion transformer.
+    """FLOPs of one sample forward and backward through the blocks of a transformer, and through what is injected into them.
 
     Args:
         model_or_config: the model, or its config, which has `flops(num_tokens, num_text_tokens)`.
@@ -27,7 +27,9 @@ def flops_per_sample(model_or_config: Any, num_tokens: int, num_text_tokens: int
         raise ConfigError(f"{type(model_or_config).__name__} has no formula for its FLOPs: its config needs a method `flops`.")
     if num_tokens < 1 or num_text_tokens < 1:
         raise ConfigError(f"num_tokens {num_tokens} and num_text_tokens {num_text_tokens} must be at least 1.")
-    return config.flops(num_tokens, num_text_tokens)
+    injection = getattr(model_or_config, "injection", None)
+    guidance = 0 if injection is None else injection.flops(config, num_tokens, num_text_tokens)
+    return config.flops(num_tokens, num_text_tokens) + guidance
 
 
 def cross_attention_transformer_flops(num_layers: int, width: int, num_tokens: int, num_text_tokens: int) -> int:

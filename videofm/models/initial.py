@@ -17,6 +17,7 @@ from torch import nn
 from videofm.errors import CheckpointError
 from videofm.models.catalog import config as make_config
 from videofm.models.catalog import model_spec
+from videofm.models.injection import inject_features, injection_spec
 from videofm.models.io import load, load_weights, read_json, weights
 
 _WHEREABOUTS = ("path", "tokenizer_path")
@@ -74,6 +75,8 @@ def initial(
     dtype = "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
     with torch.device("meta"):
         model = model_spec(name).build(_without_path(values))
+    if (injection := injection_spec(source)) is not None:
+        inject_features(model, injection)
     load_weights(model, {key: _float32(tensor) for key, tensor in tensors.items()}, path)
     differing = [
         f"{field.name} {getattr(asked, field.name)!r} there, {getattr(values, field.name)!r} in {size}"

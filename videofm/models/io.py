@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from videofm.errors import CheckpointError, ConfigError
 from videofm.models.catalog import config as make_config
 from videofm.models.catalog import model_spec, names
+from videofm.models.injection import InjectionSpec, inject_features, injection_spec, refuse_injection
 from videofm.models.lora import LoraSpec, add_lora, is_lora, lora_spec, save_public_lora, without_lora
 from videofm.models.spec import STATISTICS, list_all_keys, list_keys
 from videofm.models.stored import damaged, parse_json, read_json, read_weights
@@ -37,9 +38,10 @@ _MISSING_STATISTICS = (
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Name and config of a model, as JSON holds them, and what its adapters were made with; what `model.json` contains."""
-    adapters = {} if (spec := lora_spec(model)) is None else {"lora": dataclasses.asdict(spec)}
-    return {"name": model.spec_name, "config": dataclasses.asdict(model.config), **adapters}  # type: ignore[call-overload]
+    """Name and config of a model, as JSON holds them, and what adapters and injection were made with: all of `model.json`."""
+    specs = {"lora": lora_spec(model), "injection": injection_spec(model)}
+    added = {key: dataclasses.asdict(spec) for key, spec in specs.items() if spec is not None}
+    return {"name": model.spec_name, "config": dataclasses.asdict(model.config), **added}  # type: ignore[call-overload]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -80,12 +82,13 @@ def save_adapter(
 
     Raises:
         CheckpointError: the role trained no adapters.
-        ConfigError: diffusers has no place for adapters of this model, or the role is missing or unknown.
+        ConfigError: diffusers has no place for adapters of this model, or for its injection, or the role is missing or unknown.
     """
     stored, file = _trained(Path(path), role, ema)
     described = read_json(stored / DESCRIPTION)
     if "lora" not in described:
         raise CheckpointError(f"{stored} holds a whole model and no adapters: it was trained without models.ROLE.lora.")
+    refuse_injection(described, "diffusers")
     spec = LoraSpec.from_json(described["lora"], stored / DESCRIPTION)
     return save_public_lora(described["name"], read_weights(file, "cpu"), spec, folder, dtype)
 
@@ -94,7 +97,11 @@ def save_public(model: nn.Module, folder: str | Path) -> Path:
     """Write `config.json` and safetensors in the public layout of `model` into `folder`, which is created; returns it.
 
     What a public layout has no place for, as latent statistics that its `config.json` does not name, is not in the folder.
+
+    Raises:
+        ConfigError: the model has an injection, without which it is another.
     """
+    refuse_injection(model, "the public layout")
     folder, adapter = Path(folder), model_spec(model.spec_name).adapter  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     config = adapter.public_config(model.config)
@@ -230,7 +237,7 @@ def _guess(model: nn.Module, expected: Mapping[str, Tensor], given: Mapping[str,
 
 def _load_ours(folder: Path, file: Path, device: str | torch.device) -> nn.Module:
     described = read_json(folder / DESCRIPTION)
-    if not isinstance(described, dict) or set(described) - {"lora"} != {"name", "config"}:
+    if not isinstance(described, dict) or set(described) - {"lora", "injection"} != {"name", "config"}:
         raise CheckpointError(f"{folder / DESCRIPTION} must hold 'name' and 'config'.")
     tensors = read_weights(file, device)
     if "lora" in described:
@@ -241,7 +248,8 @@ def _load_ours(folder: Path, file: Path, device: str | torch.device) -> nn.Modul
         add_lora(model, tensors, LoraSpec.from_json(described["lora"], folder / DESCRIPTION), file)
         return model
     values = make_config(described["name"], None, **described["config"])
-    return _load(model_spec(described["name"]), values, tensors, file)
+    spec = InjectionSpec.from_json(described["injection"], folder / DESCRIPTION) if "injection" in described else None
+    return _load(model_spec(described["name"]), values, tensors, file, spec)
 
 
 def base_folder(folder: Path) -> Path:
@@ -323,11 +331,13 @@ def _translate(
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _load(parts: ModelSpec, values: Any, tensors: Mapping[str, Tensor], source: Path) -> nn.Module:
+def _load(parts: ModelSpec, values: Any, tensors: Mapping[str, Tensor], source: Path, spec: Any = None) -> nn.Module:
     if hasattr(values, "path"):
         values = dataclasses.replace(values, path=None)  # the weights are here: the folder they once came from is not needed
     with torch.device("meta"):
         model = parts.build(values)
+    if spec is not None:
+        inject_features(model, spec)
     load_weights(model, tensors, source)
     return model.eval()
 

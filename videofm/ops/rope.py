@@ -6,7 +6,7 @@ frequencies rise exponentially from pi/2 to theta * pi/2; all heads together are
 
 Counted (Step-Video, arXiv 2502.10248, section 4; spec step-video A3): `cell_coordinates`, `cell_rotary_table`, `rotate_halves`.
 A token is at whole numbers (frame, row, column). Each head has channels for each axis, whose first half is paired with the
-second.
+second. `line_rotary_table` gives all of a head to one axis, for sequences.
 """
 
 from __future__ import annotations
@@ -150,6 +150,29 @@ def cell_rotary_table(coordinates: Tensor, head_width: int, theta: float = 10000
         axis_angles = coordinates[:, axis, :, None].float() * theta**-exponents  # (B, L, n / 2)
         angles += [axis_angles, axis_angles]
     joined = rearrange(torch.cat(angles, dim=-1), "b l k -> b l 1 k")
+    return RotaryTable(joined.cos(), joined.sin())
+
+
+def line_rotary_table(positions: Tensor, head_width: int, theta: float = 10000.0) -> RotaryTable:
+    """The table of `rotate_halves` for tokens in one row (Su et al. 2021); cos and sin are `(B, L, 1, K)`, for any head.
+
+    The frequencies `theta ** (-2 i / K)`, i from 0 to before K / 2, go to the pairs of channels in the order in which
+    `cell_rotary_table` gives pairs to its axes: the network is that of LLaMA up to the order of channels within a head, and the
+    rotation, with its kernel, is that of the counted family.
+
+    Args:
+        positions: `(B, L)`, whole numbers; they may be negative.
+        head_width: K.
+        theta: the ratio of the highest to the lowest frequency, nearly.
+
+    Raises:
+        ConfigError: `head_width` is no multiple of 8.
+    """
+    halves = [num_channels // 2 for num_channels in head_split(head_width)]
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
+    angles = positions[:, :, None].float() * theta**-exponents  # (B, L, K / 2)
+    joined = torch.cat([part for part in angles.split(halves, dim=-1) for _ in range(2)], dim=-1)
+    joined = rearrange(joined, "b l k -> b l 1 k")
     return RotaryTable(joined.cos(), joined.sin())
 
 

@@ -172,6 +172,24 @@ class Mesh:
                 dist.all_reduce(value, group=self.data_group)
         return value
 
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` of each rank that reads different samples, one behind the other along dim 0 in the order of ranks.
+
+        Lengths along dim 0 may differ; the other dims and the dtype are those of all.
+        """
+        if self.data_degree == 1:
+            return value
+        with naming("gathering over samples", self.data_group):
+            length = torch.tensor([len(value)], device=value.device)
+            lengths = [torch.empty_like(length) for _ in range(self.data_degree)]
+            dist.all_gather(lengths, length, group=self.data_group)
+            counts = [int(count) for count in lengths]
+            padded = value.new_zeros((max(counts), *value.shape[1:]))
+            padded[: len(value)] = value
+            parts = [torch.empty_like(padded) for _ in counts]
+            dist.all_gather(parts, padded, group=self.data_group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def sum_gradients(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value`, a gradient of which each rank that holds the weight has a part."""
         if self.gradient_degree > 1:

@@ -32,8 +32,8 @@ class SequencePlan:
     dim of the result, a tensor.
 
     The first argument of `split` says how many tokens there are. An argument without that dim, such as one noise level a
-    sample, is the same for all tokens and goes whole to every rank. Arguments that are `Documents` follow the tokens by
-    themselves.
+    sample, is the same for all tokens and goes whole to every rank; an optional one may be None or left out. Arguments that are
+    `Documents` follow the tokens by themselves.
     """
 
     split: Mapping[str, int]
@@ -50,12 +50,13 @@ class SequencePlan:
             ParallelError: when the model is called with arguments that have different numbers of tokens.
         """
         signature = inspect.signature(model.forward)
+        assert self.split.keys() <= signature.parameters.keys(), f"{type(model).__name__} has not all of {list(self.split)}"
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             call = signature.bind(*args, **kwargs)
             place.layout = layout = self._layout(call.arguments, place)
-            for name, dim in self.split.items():
-                value = call.arguments[name]
+            for name, value in self._present(call.arguments).items():
+                dim = self.split[name]
                 if value.ndim > dim:
                     call.arguments[name] = layout.split(value, dim, place.context_rank)
             for name, value in call.arguments.items():
@@ -71,12 +72,17 @@ class SequencePlan:
         model.register_forward_hook(leave, with_kwargs=True)
 
     def _layout(self, arguments: Mapping[str, Any], place: SequencePlace) -> SequenceLayout:
-        sizes = {name: arguments[name].shape[dim] for name, dim in self.split.items() if arguments[name].ndim > dim}
+        present = self._present(arguments)
+        sizes = {name: value.shape[self.split[name]] for name, value in present.items() if value.ndim > self.split[name]}
         if len(set(sizes.values())) != 1:
             found = ", ".join(f"{name} {size} along dim {self.split[name]}" for name, size in sizes.items())
             raise ParallelError(f"arguments with different numbers of tokens cannot be split over context ranks: {found}.")
         length, num_inner = next(iter(sizes.values())), place.ulysses_degree
         return SequenceLayout.contiguous(length, place.context_degree // num_inner, num_inner)
+
+    def _present(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The arguments of `split` that the call has."""
+        return {name: arguments[name] for name in self.split if arguments.get(name) is not None}
 
 
 def gather_tokens(tokens: Tensor, layout: SequenceLayout, dim: int, rank: int, group: dist.ProcessGroup) -> Tensor:

@@ -19,6 +19,7 @@ from videofm.attention import AttentionSpec, Documents, MaskSpec, choose
 from videofm.attention.documents import attend_to_texts, check_documents
 from videofm.errors import DataError
 from videofm.models.dit.ltx.config import LTXDiTConfig
+from videofm.models.injection import guide_of
 from videofm.ops.embedding import ScalarEmbedding
 from videofm.ops.norm import RMSNorm, rms_norm
 from videofm.ops.qk_norm_rope import qk_norm_rope
@@ -149,6 +150,7 @@ class LTXVideoDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, attend, attend_text) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, config.in_channels)
+        self.injection: nn.Module | None = None  # what guides it by features, from outside: `models.inject_features`
         self.init_weights()
 
     @torch.no_grad()
@@ -176,6 +178,8 @@ class LTXVideoDiT(nn.Module):
         conditioning: Conditioning,
         coordinates: Tensor,
         documents: Documents | None = None,
+        features: Tensor | None = None,
+        features_kept: Tensor | None = None,
     ) -> Tensor:
         """The velocity `noise - clean` of each token.
 
@@ -187,12 +191,15 @@ class LTXVideoDiT(nn.Module):
             coordinates: `(B, 3, L)` seconds, pixels down, pixels right (`ops.rope.video_coordinates`).
             documents: clips that are packed into the one sequence (B is 1); the texts are then one a document, and a token sees
                 its own document and text.
+            features: what guides each token, `(B, L, feature_channels)` in the order of `latent_tokens`, for a model with an
+                injection; None is the learned null feature everywhere.
+            features_kept: `(B, L)` bool, False where the null feature stands in; None keeps all.
 
         Returns:
             `(B, L, C)`.
 
         Raises:
-            DataError: shapes that do not belong together.
+            DataError: shapes that do not belong together, or features without an injection.
         """
         check_documents(documents, latent_tokens, conditioning)
         self._check(latent_tokens, sigma, conditioning, coordinates, documents)
@@ -204,8 +211,10 @@ class LTXVideoDiT(nn.Module):
         text_mask = rearrange(text_mask | ~text_mask.any(dim=1, keepdim=True), "b s -> b 1 1 s")
 
         x = self.proj_in(latent_tokens).to(self.scale_shift_table.dtype)  # under autocast too, as the gates would make it
-        for block in self.blocks:
-            x = block(x, block_time, text, text_mask, table, documents)
+        args = (block_time, text, text_mask, table, documents)
+        guide = guide_of(self.injection, x, args, features, features_kept)
+        for number, block in enumerate(self.blocks):
+            x = block(guide(number, x), *args)
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
         x = torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=OUT_NORM_EPS), 1 + scale)
         return self.proj_out(x)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from videofm.models.bind import bind_blocks
+from videofm.models.bind import bind_blocks, table_with_copies
 from videofm.models.dit.ltx.model import LTXVideoDiT
+from videofm.models.injection import block_copies
 from videofm.models.spec import ParallelOptions
 from videofm.ops.rope import RotaryTable
 from videofm.parallel import tensor
@@ -26,9 +27,12 @@ TENSOR_TABLE: TensorTable = (
     Split("caption_projection.linear1", "column"),
     Split("caption_projection.linear2", "row"),
 )
-"""What tensor ranks split. Replicated are the ways in and out, the noise level, and the tables that it modulates with."""
+"""What tensor ranks split. Replicated are the ways in and out, the noise level, the tables that it modulates with, and all of
+an injection but the copies of blocks that it may have."""
 
-SEQUENCE_PLAN = SequencePlan(split={"latent_tokens": 1, "sigma": 1, "coordinates": 2}, gather=1)
+SEQUENCE_PLAN = SequencePlan(
+    split={"latent_tokens": 1, "sigma": 1, "coordinates": 2, "features": 1, "features_kept": 1}, gather=1
+)
 """What context ranks split, by its dim of tokens. The text goes whole to each."""
 
 
@@ -48,9 +52,9 @@ def parallelize(model: LTXVideoDiT, mesh: Any = None, options: ParallelOptions |
 
 def split_tensors(model: LTXVideoDiT, mesh: TensorMesh) -> None:
     """Split `model`, in place; see `parallel.tensor.apply`. A rank turns its heads by their own angles."""
-    tensor.apply(model, TENSOR_TABLE, mesh)
+    tensor.apply(model, table_with_copies(TENSOR_TABLE, model), mesh)
     own_angles = _own_angles(mesh)  # one for all blocks, which get the same table
-    for block in model.blocks:
+    for block in (*model.blocks, *block_copies(model)):
         block.self_attention.register_forward_pre_hook(own_angles)  # type: ignore[union-attr]
 
 

@@ -20,6 +20,7 @@ from videofm.attention import AttentionSpec, Documents, MaskSpec, choose
 from videofm.attention.documents import attend_to_texts, check_documents
 from videofm.errors import ConfigError, DataError
 from videofm.models.dit.step_video.config import StepVideoDiTConfig
+from videofm.models.injection import guide_of
 from videofm.ops.embedding import ScalarEmbedding
 from videofm.ops.norm import RMSNorm
 from videofm.ops.qk_norm_rope import qk_norm_rope
@@ -158,6 +159,7 @@ class StepVideoDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, attend, attend_text) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, config.in_channels)
+        self.injection: nn.Module | None = None  # what guides it by features, from outside: `models.inject_features`
         self.init_weights()
 
     @torch.no_grad()
@@ -202,6 +204,8 @@ class StepVideoDiT(nn.Module):
         conditioning: Conditioning,
         coordinates: Tensor,
         documents: Documents | None = None,
+        features: Tensor | None = None,
+        features_kept: Tensor | None = None,
     ) -> Tensor:
         """The velocity `noise - clean` of each token.
 
@@ -214,12 +218,16 @@ class StepVideoDiT(nn.Module):
             coordinates: `(B, 3, L)` frame, row, column (`self.coordinates`).
             documents: clips that are packed into the one sequence (B is 1); the texts are then one a document, and a token sees
                 its own document and text.
+            features: what guides each token, `(B, L, feature_channels)` in the order of `latent_tokens`, for a model with an
+                injection; None is the learned null feature everywhere.
+            features_kept: `(B, L)` bool, False where the null feature stands in; None keeps all.
 
         Returns:
             `(B, L, C)`.
 
         Raises:
-            DataError: shapes that do not belong together, or the second encoder's states missing or not asked for.
+            DataError: shapes that do not belong together, the second encoder's states missing or not asked for, or features
+                without an injection.
         """
         check_documents(documents, latent_tokens, conditioning)
         self._check(latent_tokens, sigma, conditioning, coordinates, documents)
@@ -229,8 +237,10 @@ class StepVideoDiT(nn.Module):
         text, text_mask = self._text(conditioning)
 
         x = self.proj_in(latent_tokens).to(self.scale_shift_table.dtype)  # under autocast too, as the gates would make it
-        for block in self.blocks:
-            x = block(x, block_time, text, text_mask, table, documents)
+        args = (block_time, text, text_mask, table, documents)
+        guide = guide_of(self.injection, x, args, features, features_kept)
+        for number, block in enumerate(self.blocks):
+            x = block(guide(number, x), *args)
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(dim=2)
         x = torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale)
         return self.proj_out(x)

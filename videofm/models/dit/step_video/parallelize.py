@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from videofm.models.bind import bind_blocks
+from videofm.models.bind import bind_blocks, table_with_copies
 from videofm.models.dit.step_video.model import StepVideoDiT
 from videofm.models.spec import ParallelOptions
 from videofm.parallel import tensor
@@ -22,9 +22,12 @@ TENSOR_TABLE: TensorTable = (
     Split("caption_projection.linear1", "column"),
     Split("caption_projection.linear2", "row"),
 )
-"""What tensor ranks split. Replicated are the ways in and out, the noise level, and norms of tokens with their modulation."""
+"""What tensor ranks split. Replicated are the ways in and out, the noise level, norms of tokens with their modulation, and all
+of an injection but the copies of blocks that it may have."""
 
-SEQUENCE_PLAN = SequencePlan(split={"latent_tokens": 1, "sigma": 1, "coordinates": 2}, gather=1)
+SEQUENCE_PLAN = SequencePlan(
+    split={"latent_tokens": 1, "sigma": 1, "coordinates": 2, "features": 1, "features_kept": 1}, gather=1
+)
 """What context ranks split, by its dim of tokens. The text goes whole to each."""
 
 
@@ -44,4 +47,4 @@ def parallelize(model: StepVideoDiT, mesh: Any = None, options: ParallelOptions 
 
 def split_tensors(model: StepVideoDiT, mesh: TensorMesh) -> None:
     """Split `model`, in place; see `parallel.tensor.apply`. All heads are turned alike."""
-    tensor.apply(model, TENSOR_TABLE, mesh)
+    tensor.apply(model, table_with_copies(TENSOR_TABLE, model), mesh)
