@@ -78,25 +78,39 @@ def render_video(config: DemoDataConfig, index: int, shots: list[Motif]) -> np.n
     parts = []
     for number, motif in enumerate(shots):
         rng = np.random.default_rng([config.seed, 1, index, number])
-        frames = render_shot(motif.colour, motif.shape, motif.direction, config.num_frames, config.size, rng, number % 2 == 1)
+        frames = render_shot(
+            *(motif.colour, motif.shape, motif.direction, config.num_frames, config.size, rng, number % 2 == 1),
+            speeds=(config.speed[0], config.speed[1]),
+            radius=config.radius,
+        )
         parts.append(frames)
     return np.concatenate(parts)
 
 
 def render_shot(
-    colour: str, shape: str, direction: str, num_frames: int, size: int, rng: np.random.Generator, light: bool | None = None
+    colour: str,
+    shape: str,
+    direction: str,
+    num_frames: int,
+    size: int,
+    rng: np.random.Generator,
+    light: bool | None = None,
+    speeds: tuple[float, float] = (0.8, 1.0),
+    radius: float = RADIUS,
 ) -> np.ndarray[Any, Any]:
     """A shape that moves over a still background, uint8 `(num_frames, size, size, 3)`.
 
     Args:
-        rng: draws background, place and speed (0.8 to 1 pixel a frame at size 32, less where that would leave the frame).
+        rng: draws background, place and speed.
         light: whether the background is of the lighter half of its range; None draws that too. Neighbours in a video differ.
+        speeds: lowest and highest speed, in pixels a frame at size 32; less where that would leave the frame.
+        radius: of a circle, and half the side of a square times 1.1, over `size`.
     """
     light = bool(rng.integers(2)) if light is None else light
     background = _background(size, rng, light)
-    radius = RADIUS * size
+    radius *= size
     room = size - 1.3 * radius  # the centre stays this far within the frame, so most of the shape is in view
-    speed = min(rng.uniform(0.8, 1.0) * size / 32, room / max(num_frames - 1, 1))
+    speed = min(rng.uniform(*speeds) * size / 32, room / max(num_frames - 1, 1))
     travel = speed * (num_frames - 1)
     dy, dx = DIRECTIONS[direction]
     across = rng.uniform(radius, size - radius)

@@ -106,7 +106,7 @@ class OnlineEncoders:
         counts: micro-batches `asked`, `consumed`, and actors that died, `deaths`.
     """
 
-    has_latents = True
+    needs_pixels = False
 
     def __init__(
         self,

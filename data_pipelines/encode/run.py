@@ -44,7 +44,7 @@ def run(config: EncodeConfig, run: RunDirectory) -> dict[str, Any]:
     """
     table = Manifest.load(config.manifest).table
     shards: dict[str, str] = dict(zip(table["group"].to_pylist(), table["sha256"].to_pylist(), strict=True))
-    kinds = [kind for kind, section in (("latents", config.latents), ("text", config.text)) if section is not None]
+    kinds = list(config.sections)
     done = [group for group in shards if all(entry_path(run.path, group, kind).exists() for kind in kinds)]
     for group in done:
         for kind in kinds:
@@ -79,8 +79,8 @@ def dry_run(config: EncodeConfig) -> str:
         ConfigError: sizes that a training could not ask for.
     """
     data = data_config(config)
-    kinds = [kind for kind, section in (("latents", config.latents), ("text", config.text)) if section is not None]
-    return f"{' and '.join(kinds)} of clips of {data.num_frames}x{data.height}x{data.width}, {config.engine.num_actors} actors"
+    kinds = " and ".join(config.sections)
+    return f"{kinds} of clips of {data.num_frames}x{data.height}x{data.width}, {config.engine.num_actors} actors"
 
 
 def encode_groups(
@@ -150,7 +150,7 @@ class EncodeActor:
 def decoding(config: EncodeConfig) -> WorkerPool | None:
     """A process that decodes for an actor and can be killed, so that a clip that hangs or crashes costs itself alone; None
     where no clip is decoded."""
-    if config.latents is None:
+    if not config.reads_pixels:
         return None
     return WorkerPool(1, ReaderSettings(decoder=config.decoder), ReadingConfig(decode_timeout=config.engine.decode_timeout))
 
@@ -187,8 +187,10 @@ def _count(folder: Path, shards: dict[str, str], kinds: list[str]) -> tuple[Coun
         if not all(path.exists() for path in paths.values()):
             continue
         counts["shards"] += 1
+        bad: dict[str, str] = {}
         for kind in kinds:
             entry = read_entry(folder, group, kind, shards[group])
             counts[kind] += entry.num_clips
-            failed += [{"shard": group, "key": key, "reason": why} for key, why in sorted(entry.failed.items())]
+            bad |= entry.failed
+        failed += [{"shard": group, "key": key, "reason": why} for key, why in sorted(bad.items())]
     return counts, failed

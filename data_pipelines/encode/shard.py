@@ -20,8 +20,9 @@ from videofm.config.data import DataConfig
 from videofm.config.encode import EncodeConfig
 from videofm.data.buckets import Buckets, cost_of
 from videofm.data.draws import Draw
+from videofm.data.encoded import clip_source
 from videofm.data.files import lock
-from videofm.data.fixed import clip_request, fixed_draw, geometry, pixels
+from videofm.data.fixed import clip_request, fixed_draw, geometry
 from videofm.data.index import ClipRecord, records_of
 from videofm.data.manifest import Manifest
 from videofm.data.reader import BadClipError, ClipReader, ReaderSettings, video_tensor
@@ -104,16 +105,14 @@ class ShardEncoder:
         self.data = data_config(config)
         self._buckets = Buckets(self.data) if config.buckets is not None else None
         self._decoding = decoding or InProcess(ClipReader(ReaderSettings(decoder=config.decoder)))
-        sections = {"latents": config.latents, "text": config.text}
         self.encoders: dict[str, Any] = {
             kind: registry.lookup(registry.ENCODERS, kind, "encoder").load(section, device)
-            for kind, section in sections.items()
-            if section is not None
+            for kind, section in config.sections.items()
         }
         self.headers = {kind: {"kind": kind, **encoder.header()} for kind, encoder in self.encoders.items()}
-        if "latents" in self.headers:
-            self.headers["latents"]["geometry"] = geometry(self.data)
         for kind, header in self.headers.items():
+            if kind != "text":
+                header["geometry"] = geometry(self.data)
             claim_header(self.folder, kind, header)
 
     def encode(self, group: str) -> ShardReport | None:
@@ -125,17 +124,19 @@ class ShardEncoder:
         shard = self._shards[group]
         sha256 = str(self.dataset.table["sha256"][shard].as_py())
         records = self._records(shard)
-        counts, failed = {}, 0
+        counts: dict[str, int] = {}
+        failed: set[str] = set()
         for kind in self.encoders:
             if not entry_path(self.folder, group, kind).exists():
                 with SidecarWriter(self.folder, group, kind, self.headers[kind], sha256) as writer:
-                    done = self._fill_latents(writer, records, shard) if kind == "latents" else self._fill_text(writer, records)
+                    done = self._fill_text(writer, records) if kind == "text" else self._fill(writer, records, shard)
                     if not done:
                         return None
                     writer.commit()
             committed = read_entry(self.folder, group, kind, sha256)
-            counts[kind], failed = committed.num_clips, failed + len(committed.failed)
-        return ShardReport(group, counts, failed)
+            counts[kind] = committed.num_clips
+            failed |= set(committed.failed)
+        return ShardReport(group, counts, len(failed))
 
     def _records(self, shard: int) -> list[ClipRecord]:
         """The clips to encode."""
@@ -144,9 +145,9 @@ class ShardEncoder:
             table = table.filter(pyarrow.array(self._view.keep(table)))
         return [record for record in records_of(table) if self.config.split in ("all", record.split)]
 
-    def _fill_latents(self, writer: SidecarWriter, records: Sequence[ClipRecord], shard: int) -> bool:
-        """Clips of one size wait until a batch is full, so that batches are the same whoever encodes."""
-        size = self.encoders["latents"].batch_size
+    def _fill(self, writer: SidecarWriter, records: Sequence[ClipRecord], shard: int) -> bool:
+        """Latents or tokens. Clips of one size wait until a batch is full, so that batches are the same whoever encodes."""
+        size = self.encoders[writer.kind].batch_size
         waiting: dict[tuple[int, ...], list[_Cut]] = {}
         for cut in self._cuts(writer, records, shard):
             if cut is None:
@@ -179,10 +180,12 @@ class ShardEncoder:
         yield None
 
     def _encode(self, writer: SidecarWriter, cuts: Sequence[_Cut]) -> None:
-        video = video_tensor(np.stack([cut.frames for cut in cuts]))
-        stored = self.encoders["latents"].encode(video, [cut.record.sha256 for cut in cuts])
+        video, names = video_tensor(np.stack([cut.frames for cut in cuts])), [cut.record.sha256 for cut in cuts]
+        captions = [text_source(cut.record.caption)["caption"] for cut in cuts]
+        encoder, header = self.encoders[writer.kind], self.headers[writer.kind]
+        stored = encoder.encode(video, names, captions) if writer.kind == "tokens" else encoder.encode(video, names)
         for cut, tensors in zip(cuts, stored, strict=True):
-            writer.add(cut.record.key, tensors, {"video": cut.record.sha256, **pixels(cut.draw)})
+            writer.add(cut.record.key, tensors, clip_source(header, cut.record, cut.draw))
 
     def _fill_text(self, writer: SidecarWriter, records: Sequence[ClipRecord]) -> bool:
         encoder = self.encoders["text"]

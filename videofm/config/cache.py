@@ -1,4 +1,4 @@
-"""Sections about latents and text that are not encoded in the training step: read from sidecar shards, or from a pool."""
+"""Sections about what is not encoded in the training step: latents, tokens, text, from sidecar shards or from a pool."""
 
 from __future__ import annotations
 
@@ -8,18 +8,38 @@ from pydantic import Field, model_validator
 
 from videofm.config.base import Section, execution
 
+CacheMode = Literal["text", "latents", "full", "tokens", "tokens_text", "latents_tokens"]
+
+KINDS: dict[CacheMode, tuple[str, ...]] = {
+    "text": ("text",),
+    "latents": ("latents",),
+    "full": ("latents", "text"),
+    "tokens": ("tokens",),
+    "tokens_text": ("tokens", "text"),
+    "latents_tokens": ("latents", "tokens"),
+}
+"""Mode -> the kinds of sidecars that are read."""
+
+MODES_OF: dict[str, tuple[CacheMode, ...]] = {
+    "flow_matching": ("text", "latents", "full", "latents_tokens"),
+    "latent_tokens": ("latents",),
+    "next_token": ("tokens", "tokens_text"),
+}
+"""Kind of objective -> the modes that it can train on; one that is not here needs pixels."""
+
 
 class CacheConfig(Section):
-    """Latents and text embeddings that `videofm encode` wrote, in the place of running the frozen encoders."""
+    """What `videofm encode` wrote, in the place of running the frozen encoders."""
 
     path: str | None = Field(None, description="Run directory of `videofm encode`: a folder, or an fsspec URL of a copy of it.")
     mix: dict[str, str] | None = Field(
         None, description="With data.mix, in place of path: name of each dataset -> the run directory that holds its sidecars."
     )
-    mode: Literal["text", "latents", "full"] = Field(
+    mode: CacheMode = Field(
         "full",
         description="`text` reads embeddings of captions and decodes clips; `latents` reads latents and no pixels, and encodes "
-        "captions in the step; `full` reads both.",
+        "captions in the step; `full` reads both. `tokens` reads indices of a latent tokenizer and no pixels, and encodes "
+        "captions in the step; `tokens_text` reads both; `latents_tokens` reads latents and tokens, and encodes captions.",
     )
     spot_check_every: int = Field(
         10_000, ge=1, description="One clip in about this many is encoded again and compared; one is at the start of a run."
@@ -34,7 +54,12 @@ class CacheConfig(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sidecars that are read."""
-        return ("latents", "text") if self.mode == "full" else (self.mode,)
+        return KINDS[self.mode]
+
+    @property
+    def fixes_pixels(self) -> bool:
+        """Whether what is read was made of pixels: then one window of each clip is held, and no clip is decoded for a step."""
+        return "latents" in self.kinds or "tokens" in self.kinds
 
     def check_sources(self, names: list[str]) -> None:
         """Refuse folders that are not those of the datasets `names` of data.mix (none: of data.manifest)."""

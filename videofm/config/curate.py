@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from videofm.config.base import Section, execution
 from videofm.config.curation_models import BalanceConfig, CaptionModelConfig, ScoreModelConfig
@@ -31,8 +31,24 @@ class DemoDataConfig(Section):
     num_frames: int = Field(24, ge=2, description="Frames of a shot.")
     size: int = Field(32, ge=16, multiple_of=2, description="Height and width of the frames, in pixels.")
     fps: int = Field(25, ge=1, description="Frames a second.")
+    speed: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.8, 1.0],
+        min_length=2,
+        max_length=2,
+        description="Lowest and highest speed of a shape, in pixels a frame at size 32; less where it would leave the frame.",
+    )
+    radius: float = Field(
+        7 / 32, gt=0, le=0.4, description="Radius of a circle, and half the side of a square times 1.1, over the frame's side."
+    )
     broken: bool = Field(True, description="Also write static, black, duplicate, truncated and audio-only files.")
     seed: int = Field(0, description="The set is a function of this seed and the fields above.")
+
+    @field_validator("speed")
+    @classmethod
+    def _ordered(cls, speed: list[float]) -> list[float]:
+        if speed[0] > speed[1]:
+            raise ValueError(f"speed is [lowest, highest], not {speed}")
+        return speed
 
 
 CurationStage = Annotated[

@@ -103,7 +103,7 @@ class DataConfig(Section):
         description="Which frames of a longer clip: drawn for each clip and epoch, or the first, or those in the middle.",
     )
     cache: CacheConfig | None = Field(
-        None, description="Latents and text embeddings from sidecars of `videofm encode`; null encodes in each step."
+        None, description="Latents, tokens and text embeddings from sidecars of `videofm encode`; null encodes in each step."
     )
     online: OnlineConfig | None = Field(
         None, description="A pool of actors that decode and encode for the trainers; null does it in each step."
@@ -203,7 +203,7 @@ class DataConfig(Section):
         if self.cache is not None:
             self.cache.check_sources([source.name for source in self.mix or []])
         self._check_idle()
-        if self.cache is None or "latents" not in self.cache.kinds:
+        if self.cache is None or not self.cache.fixes_pixels:
             return self
         drawn = {
             "start: random (take first or centre)": self.start == "random",
@@ -228,7 +228,7 @@ class DataConfig(Section):
                 "verify_checksums": True,
                 "reading.prefetch_mib": ReadingConfig.model_fields["prefetch_mib"].default,
             }
-        elif self.cache is not None and "latents" in self.cache.kinds:
+        elif self.cache is not None and self.cache.fixes_pixels:
             why = f"cache.mode {self.cache.mode} decodes no clip for a step"
             names = ("decode_timeout", "clips_per_worker", "prefetch_mib")
             idle = {"num_workers": 0} | {f"reading.{name}": ReadingConfig.model_fields[name].default for name in names}

@@ -60,6 +60,40 @@ class TextConfig(Section):
     batch_size: int = Field(8, ge=1, description="Captions encoded together.")
 
 
+class RolloutsConfig(Section):
+    """What an AR model makes of a clip's first token frames and its caption: the tokens that guide a model in sampling, with
+    their errors."""
+
+    run: str = Field(
+        description="Run of objective next_token: its roles `ar` and `text_encoder` are loaded, averaged weights where it has "
+        "them."
+    )
+    keep_frames: int = Field(1, ge=1, description="Token frames of the clip that begin its rollout; fewer than it has.")
+    temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 takes the likeliest token.")
+    top_k: int = Field(0, ge=0, description="Only so many of the likeliest tokens are drawn from; 0 draws from all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Only the likeliest tokens that together have this probability are drawn from."
+    )
+    guidance_scale: float = Field(1.0, ge=1, description="Classifier-free guidance of the logits; 1 is off.")
+
+
+class TokensConfig(Section):
+    """Indices of a frozen latent tokenizer, of the most likely latents of a frozen VAE."""
+
+    tokenizer: EncoderConfig = Field(description="The tokenizer, the same as `models.tokenizer` of the training.")
+    vae: EncoderConfig = Field(description="The VAE in whose normalised latents the tokenizer was trained.")
+    precision: Literal["fp32", "bf16_autocast"] = Field(
+        "bf16_autocast",
+        description="Type of the matrix products of the VAE and the tokenizer; rollouts are drawn in that of their weights.",
+    )
+    tile: int | None = Field(
+        None, ge=16, description="Encode by the VAE in square tiles of so many pixels a side; null encodes whole frames."
+    )
+    tile_overlap: int = Field(64, ge=0, description="Pixels that neighbouring tiles share; they are mixed linearly.")
+    batch_size: int = Field(1, ge=1, description="Clips encoded together; a part of the result, to the last bit.")
+    rollouts: RolloutsConfig | None = Field(None, description="Continuations by an AR model, stored beside; null makes none.")
+
+
 class EncodeEngineConfig(Section):
     """The Ray actors that encode; a shard is the unit of work."""
 
@@ -77,7 +111,7 @@ class EncodeEngineConfig(Section):
 
 
 class EncodeConfig(Section):
-    """Shards of clips -> sidecar shards of latents and text embeddings, for `data.cache` of a training.
+    """Shards of clips -> sidecar shards of latents, tokens and text embeddings, for `data.cache` of a training.
 
     How clips are cut is said in the words of the section `data`; a training that reads the cache says the same there.
     """
@@ -102,13 +136,25 @@ class EncodeConfig(Section):
     )
     decoder: Literal["auto", "torchcodec", "pyav", "decord"] = Field("auto", description="`auto` takes the first that works.")
     latents: LatentsConfig | None = Field(None, description="Latents of the clips; null writes none.")
+    tokens: TokensConfig | None = Field(None, description="Indices of a latent tokenizer; null writes none.")
     text: TextConfig | None = Field(None, description="Embeddings of the captions; null writes none.")
     engine: EncodeEngineConfig = Field(EncodeEngineConfig(), description="The Ray actors.")
 
+    @property
+    def sections(self) -> dict[str, LatentsConfig | TokensConfig | TextConfig]:
+        """Kind of sidecar -> its section, of those that are written."""
+        found = {"latents": self.latents, "tokens": self.tokens, "text": self.text}
+        return {kind: section for kind, section in found.items() if section is not None}
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether clips are decoded."""
+        return self.latents is not None or self.tokens is not None
+
     @model_validator(mode="after")
     def _encodes_something(self) -> EncodeConfig:
-        if self.latents is None and self.text is None:
-            raise ValueError("nothing to encode: give latents, text, or both")
+        if not self.sections:
+            raise ValueError("nothing to encode: give latents, tokens, text, or several of them")
         if self.buckets is not None and self.buckets.image_share:
             raise ValueError(
                 f"buckets.image_share {self.buckets.image_share:g} draws other images in each epoch, and a cache holds one; "

@@ -1,4 +1,4 @@
-"""The section of the flow-matching objective: laws of the noise level, what a sample is given clean, weights, dropping."""
+"""The section of the flow-matching objective: laws of the noise level, what a sample is given clean, dropping, features."""
 
 from __future__ import annotations
 
@@ -150,6 +150,41 @@ class TokenDroppingConfig(Section):
     num_tokens: int = Field(ge=1, description="Tokens that stay of each sample, drawn at random; no clip may have fewer.")
 
 
+class CorruptionConfig(Section):
+    """Some tokens of a sample are replaced, as an autoregressive model errs: by any other id of the codebook, uniform."""
+
+    probability: float = Field(0.0, ge=0, le=1, description="Share of samples whose tokens are corrupted; 0 is off.")
+    fraction: float = Field(0.1, gt=0, le=1, description="Probability of each token of such a sample to be replaced.")
+
+
+class FeaturesConfig(Section):
+    """ARLON: features of the frozen role `tokenizer` guide the `dit`, which needs `models.dit.injection`.
+
+    In training they are made of the clip's own latents, encoded to tokens and decoded again; in sampling an autoregressive
+    model predicts the tokens, with errors. The switches here make the dit tolerate these, besides a coarser tokenizer than that
+    of sampling: any two are interchangeable, because each decodes to features of the shape of the latents.
+    """
+
+    dropout: float = Field(
+        0.1, ge=0, le=1, description="Share of samples that see the learned null feature in the place of theirs (for guidance)."
+    )
+    uncertainty: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of samples whose mean and spread of each feature channel are moved by as much as these differ "
+        "between the samples of the micro-batch (a micro-batch of one sample has no such difference); 0 is off.",
+    )
+    corruption: CorruptionConfig = Field(CorruptionConfig(), description="Random tokens in the place of some.")
+    rollouts: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of samples whose features are those that an autoregressive model predicted: the rollouts in the "
+        "cache (data.cache.mode latents_tokens), decoded by the role `fine_tokenizer`, which is needed above 0.",
+    )
+
+
 class FlowMatchingConfig(Section):
     """Train a diffusion transformer (role `dit`) by flow matching in the latent space of a frozen `vae`."""
 
@@ -176,4 +211,7 @@ class FlowMatchingConfig(Section):
     train_text_encoder: bool = Field(False, description="Train the role `text_encoder` along; false keeps it frozen.")
     latent_statistics_hash: str | None = Field(
         None, description="SHA-256 of the latent statistics that the VAE must have; null takes those that it has."
+    )
+    features: FeaturesConfig | None = Field(
+        None, description="Guide the dit by features of the role `tokenizer`; null trains without, and takes no such role."
     )

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from videofm.config.base import Section, execution
 from videofm.config.curate import CurateConfig, DemoDataConfig
 from videofm.config.encode import EncodeConfig
+from videofm.config.evaluate_arlon import FewStepsMetric, LongVideoMetric
 from videofm.config.sample import SampleConfig
 from videofm.config.train import TrainConfig
 
@@ -150,13 +151,49 @@ class ImageToVideoMetric(Section):
     guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 is off.")
 
 
+class TokenizerMetric(Section):
+    """What a latent tokenizer keeps of clips, and how it uses its codes: errors of the latents over their variance, beside what
+    nearest means would give, and PSNR after the VAE's decoder."""
+
+    kind: Literal["tokenizer"]
+    run: str = Field(description="Training run of a latent tokenizer, or a checkpoint of it; it also holds the VAE.")
+    manifest: _Manifest
+    split: _Split = "held_out"
+    num_clips: _NumClips = 64
+    num_frames: _NumFrames
+    height: _Height
+    width: _Width
+    batch_size: int = _batch_size()
+
+
+class NextTokenMetric(Section):
+    """How well an autoregressive model predicts stored tokens: its loss against that of token frequencies, and under shuffled
+    captions."""
+
+    kind: Literal["next_token"]
+    run: str = Field(description="Training run of an autoregressive model (objective next_token).")
+    cache: str | None = Field(
+        None,
+        description="Run directory of `videofm encode` with the tokens of the clips to measure on; null takes data.cache of "
+        "the training, which has them where it was encoded with split `all`.",
+    )
+    split: _Split = "held_out"
+    num_clips: _NumClips = 256
+    num_train_clips: int = Field(2048, ge=1, description="Training clips whose tokens are counted for frequencies, at most.")
+    batch_size: int = _batch_size()
+
+
 EvaluationMetric = Annotated[
     ReconstructionMetric
     | LatentDiagnosticsMetric
     | ImageCompatibilityMetric
     | HeldOutLossMetric
     | CaptionFollowingMetric
-    | ImageToVideoMetric,
+    | ImageToVideoMetric
+    | TokenizerMetric
+    | NextTokenMetric
+    | FewStepsMetric
+    | LongVideoMetric,
     Field(discriminator="kind"),
 ]
 

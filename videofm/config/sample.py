@@ -111,6 +111,12 @@ class WindowConfig(Section):
     overlap_frames: int = Field(
         ge=1, description="Frames that neighbours share; like num_frames they must fit the frame rule of the VAE."
     )
+    fade_frames: int = Field(
+        0,
+        ge=0,
+        description="New frames over which the difference fades between the last shared frame and what the decoder made of it: "
+        "no jump where windows meet. 0 leaves them as they are decoded.",
+    )
 
     @model_validator(mode="after")
     def _shorter(self) -> WindowConfig:
@@ -119,8 +125,31 @@ class WindowConfig(Section):
         return self
 
 
+class GuideConfig(Section):
+    """Guidance by an autoregressive model (ARLON): it draws the tokens of each window, from its prompt and from the tokens of
+    what is there already; what their decoder makes of them is injected into the DiT."""
+
+    run: str = Field(description="Training run of the autoregressive model (objective next_token), or a checkpoint of it.")
+    temperature: float = Field(1.0, ge=0, description="Divides the logits of a token; 0 takes the most likely one.")
+    top_k: int = Field(0, ge=0, description="Draw among the k most likely tokens; 0 takes all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the most likely tokens that have this probability together.")
+    guidance_scale: float = Field(1.0, ge=1, description="Classifier-free guidance on the logits of a token; 1 is off.")
+    start_sigma: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Noise level at which the DiT starts, from the features with that much noise; fewer steps are needed. 1 "
+        "starts from noise.",
+    )
+    features_in_negative: bool = Field(
+        False,
+        description="Whether the evaluation of the negative prompt has the features: then guidance_scale strengthens the text "
+        "alone, else the features with it.",
+    )
+
+
 _OURS_ONLY = (
-    *("schedule", "guidance", "negative_prompt", "prompt_suffix", "image", "images", "conditions", "fit", "window"),
+    *("guide", "schedule", "guidance", "negative_prompt", "prompt_suffix", "image", "images", "conditions", "fit", "window"),
     *("decode_sigma", "decode_noise_scale", "causal_fix", "dtype", "solver", "condition_noise_scale", "masked_text"),
 )
 """Fields that the sampler `diffusers` does not read."""
@@ -136,7 +165,11 @@ class SampleConfig(Section):
         description="`diffusers` loads an exported folder with LTXPipeline in a process that does not import videofm.",
     )
     prompts: list[str] = Field([], description="Captions, one video each.")
-    prompts_file: str | None = Field(None, description="Text file with one caption a line, instead of `prompts`.")
+    prompts_file: str | None = Field(
+        None,
+        description="Instead of `prompts`: a text file with one caption a line, or a storyboard (.yaml) whose prompts change "
+        "on the way, `- {start: 0, stop: 129, prompt: ...}`.",
+    )
     prompt_suffix: str = Field("", description="Text put behind every prompt; the list of videos does not show it.")
     negative_prompt: str = Field("", description="What guidance moves away from.")
     image: str | None = Field(None, description="First frame of every video.")
@@ -159,6 +192,7 @@ class SampleConfig(Section):
     guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance; 1 is off.")
     guidance: GuidanceConfig = Field(GuidanceConfig(), description="Variants of guidance.")
     window: WindowConfig | None = Field(None, description="Make long videos in windows; null makes them at once.")
+    guide: GuideConfig | None = Field(None, description="Autoregressive guidance, for a DiT with an injection; null has none.")
     decode_sigma: float = Field(
         0.0, ge=0, le=1, description="Noise level that the decoder removes, of a VAE whose decoder does (LTX-Video: 0.05)."
     )

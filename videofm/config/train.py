@@ -8,9 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from videofm.config.autoencoder import AutoencoderConfig
 from videofm.config.base import Section, execution
+from videofm.config.cache import MODES_OF
 from videofm.config.data import DataConfig
 from videofm.config.flow_matching import FlowMatchingConfig
-from videofm.registry import ATTENTION_BACKENDS, MODELS, nearest
+from videofm.config.latent_tokens import LatentTokensConfig
+from videofm.config.next_token import NextTokenConfig
+from videofm.registry import ATTENTION_BACKENDS, INJECTIONS, MODELS, nearest
 
 
 class LoraConfig(Section):
@@ -21,6 +24,33 @@ class LoraConfig(Section):
     targets: list[str] = Field(
         ["*attention.*"], min_length=1, description="Patterns of the names of linear layers that get one (fnmatch)."
     )
+
+
+class InjectionConfig(Section):
+    """Features that guide a transformer (ARLON); training starts from the transformer as it is, bit for bit."""
+
+    kind: str = Field(
+        "adaptive_norm",
+        description="adaptive_norm: a gated norm before the block; mlp: an MLP's output is added; controlnet: copies of the "
+        "first blocks run beside the model.",
+    )
+    blocks: Literal["first_half", "last_half", "all"] | list[Annotated[int, Field(ge=0)]] = Field(
+        "first_half", description="Blocks that are guided: a word, or their numbers from 0."
+    )
+    feature_channels: int | None = Field(
+        None, ge=1, description="Channels of the feature of a latent token; null takes those of the latents."
+    )
+    hidden_width: int | None = Field(
+        None, ge=1, description="Channels of features inside the injection; null takes the width of the transformer."
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in INJECTIONS:
+            close = nearest(kind, INJECTIONS) or "."
+            raise ValueError(f"no injection is called {kind!r}{close} There are: {', '.join(INJECTIONS)}")
+        return kind
 
 
 class ModelConfig(Section):
@@ -47,6 +77,12 @@ class ModelConfig(Section):
         "several; null finds the one that `name` is.",
     )
     lora: LoraConfig | None = Field(None, description="Train adapters in place of the weights; null trains the weights.")
+    injection: InjectionConfig | None = Field(
+        None,
+        description="Guide a transformer by features: added to fresh or loaded weights; a `path` or `init_from` that has the "
+        "same one goes on with it. null adds none.",
+    )
+    freeze_base: bool = Field(False, description="Train the injection only, and keep the weights that it is added to.")
     attention: str = Field("auto", description="Backend of self-attention: auto, math, sdpa, flash_attn, xformers or flex.")
     cross_attention: str = Field("auto", description="Backend of attention to the text, which is masked; the same names.")
 
@@ -78,8 +114,22 @@ class ModelConfig(Section):
             raise ValueError("`init_component` chooses from what `init_from` holds; give that too")
         return self
 
+    @model_validator(mode="after")
+    def _adapters_or_injection(self) -> ModelConfig:
+        if self.lora is not None and (self.injection is not None or self.freeze_base):
+            raise ValueError(
+                "`lora` trains adapters only, and `injection` is trained whole: set `freeze_base` in the place of `lora`, or "
+                "add adapters to a guided run (`path`) without `injection` and `freeze_base`"
+            )
+        if self.freeze_base and self.injection is None and self.path is None and self.init_from is None:
+            raise ValueError("`freeze_base` trains the injection alone, and a new model has none: give `injection`")
+        return self
 
-ObjectiveConfig = Annotated[AutoencoderConfig | FlowMatchingConfig, Field(discriminator="kind")]
+
+ObjectiveConfig = Annotated[
+    AutoencoderConfig | FlowMatchingConfig | LatentTokensConfig | NextTokenConfig,
+    Field(discriminator="kind"),
+]
 
 
 class ParameterGroupConfig(Section):
@@ -245,19 +295,23 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _frozen_encoders(self) -> TrainConfig:
+        if problem := _encoded_problem(self.objective, self.data):
+            raise ValueError(problem)
         where = next((name for name in ("cache", "online") if getattr(self.data, name) is not None), None)
-        if where is None:
-            return self
-        if not isinstance(self.objective, FlowMatchingConfig):
-            raise ValueError(
-                f"data.{where}: objective {self.objective.kind} needs pixels, and only flow_matching trains on latents; leave "
-                "it out"
-            )
         has_text = self.data.cache is None or "text" in self.data.cache.kinds
-        if self.objective.train_text_encoder and has_text:
+        if where is not None and getattr(self.objective, "train_text_encoder", False) and has_text:
             raise ValueError(
                 f"data.{where} holds the text of a frozen encoder, and objective.train_text_encoder moves its weights in each "
-                f"step; set one of them to false or null{', or data.cache.mode to latents' if where == 'cache' else ''}"
+                f"step; set one of them to false or null{', or data.cache.mode to one without text' * (where == 'cache')}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _codebook_is_whole(self) -> TrainConfig:
+        if isinstance(self.objective, LatentTokensConfig) and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "parallel.zero_stage 3 with objective latent_tokens: codebooks are read between steps too, where stage 3 "
+                "leaves each rank a part of them. Take zero_stage 2 or less"
             )
         return self
 
@@ -291,3 +345,27 @@ class TrainConfig(Section):
                 f"take a multiple of {degree} micro-batches so that every rank gets as many"
             )
         return self
+
+
+def _encoded_problem(objective: ObjectiveConfig, data: DataConfig) -> str | None:
+    """Why an objective cannot train on what `data.cache` or `data.online` brings, or cannot do without; None where it can."""
+    kind, cache, modes = objective.kind, data.cache, MODES_OF.get(objective.kind, ())
+    rollouts = getattr(getattr(objective, "features", None), "rollouts", 0) > 0
+    if cache is None and kind == "next_token":
+        return (
+            "objective next_token reads tokens and no pixels: run `videofm encode` with the section `tokens`, and name its run "
+            "in data.cache.path, with data.cache.mode tokens"
+        )
+    if (cache is not None or data.online is not None) and not modes:
+        return f"data.{'online' if cache is None else 'cache'}: objective {kind} needs pixels; leave it out"
+    if data.online is not None and kind != "flow_matching":
+        return f"data.online makes latents and text for objective flow_matching, not for {kind}; take data.cache in its place"
+    if cache is not None and cache.mode not in modes:
+        return f"data.cache.mode {cache.mode}: objective {kind} trains on {' or '.join(modes)}; set the mode to one of these"
+    if rollouts != (cache is not None and cache.mode == "latents_tokens"):
+        return (
+            "objective.features.rollouts and data.cache.mode latents_tokens go together: what an AR model made of each clip is "
+            f"stored beside its tokens. Now rollouts are {'on' if rollouts else 'off'} and the mode is "
+            f"{'none' if cache is None else cache.mode}; change one of them"
+        )
+    return None

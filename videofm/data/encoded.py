@@ -1,4 +1,4 @@
-"""Latents and text of micro-batches out of sidecars, in the form of the fields of a `Batch`."""
+"""Latents, tokens and text of micro-batches out of sidecars, in the form of the fields of a `Batch`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ _CHECKED_AT_START = 4096
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """What was stored of a clip, as the sidecars have it: `mean logvar sample text clip_text`, and of the empty caption."""
+    """What was stored of a clip, as the sidecars have it: `mean logvar sample`, `indices rollouts`, `text clip_text`, and the
+    last two of the empty caption."""
 
     latents: Mapping[str, Tensor] | None
     text: Mapping[str, Tensor] | None
     empty: Mapping[str, Tensor] | None
+    tokens: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class ClipCache:
         return max(lengths, default=None)
 
     @property
-    def has_latents(self) -> bool:
-        """Whether pixels need not be decoded."""
-        return "latents" in self.kinds
+    def needs_pixels(self) -> bool:
+        """Whether clips are decoded for a step: where only their text is here."""
+        return "latents" not in self.kinds and "tokens" not in self.kinds
 
     def headers(self, kind: str) -> list[dict[str, Any]]:
         """What the sidecars of a kind were made by, one for each dataset."""
@@ -84,7 +86,7 @@ class ClipCache:
         Raises:
             DataError: the message names the field, or the shard, and the fix.
         """
-        for header in self.headers("latents"):
+        for header in [*self.headers("latents"), *self.headers("tokens")]:
             if changed := differences(header["geometry"], geometry(self.config)):
                 raise DataError(
                     f"the cache holds other windows than the training asks for: {'; '.join(changed)}. Set these as "
@@ -95,6 +97,11 @@ class ClipCache:
                 "data.cache.mix holds latents stored as `sample` of some datasets and as `mean_logvar` of others, which no "
                 "micro-batch can hold together; encode all datasets with one latents.store"
             )
+        if len({header["rollouts"] is None for header in self.headers("tokens")}) > 1:
+            raise DataError(
+                "data.cache.mix holds rollouts of some datasets and none of others, which no micro-batch can hold together; "
+                "encode all datasets with tokens.rollouts, or none"
+            )
         for name, found in self.sidecars.items():
             for group, sha256 in _spaced(shards[name]):
                 for sidecars in found.values():
@@ -104,15 +111,19 @@ class ClipCache:
         """What is stored of the pixels of `draw` and of the caption of its clip, which lies in the shard of `group`.
 
         Raises:
-            DataError: it is missing, stale or damaged.
+            DataError: it is missing, stale or damaged, or has ids that are none of the tokenizer's.
         """
         found = self._of(source)
-        latents = text = empty = None
+        latents = text = empty = tokens = None
         if "latents" in found:
-            latents = found["latents"].read(group, record.key, {"video": record.sha256, **pixels(draw)})
+            latents = found["latents"].read(group, record.key, clip_source(found["latents"].header, record, draw))
+        if "tokens" in found:
+            header = found["tokens"].header
+            tokens = found["tokens"].read(group, record.key, clip_source(header, record, draw))
+            _check_ids(tokens, header["vocab_size"], record.key)
         if "text" in found:
             text, empty = (found["text"].read(group, *of) for of in _texts(record))
-        return EncodedClip(latents, text, empty)
+        return EncodedClip(latents, text, empty, tokens)
 
     def encoded(self, asked: Asked) -> EncodedClip:
         """`read` of what is asked for."""
@@ -137,6 +148,22 @@ class ClipCache:
         return self.sidecars[source] if source else next(iter(self.sidecars.values()))
 
 
+def clip_source(header: Mapping[str, Any], record: ClipRecord, draw: Draw) -> dict[str, Any]:
+    """What latents or tokens of a clip are made from, besides what their header says."""
+    source = {"video": record.sha256, **pixels(draw)}
+    return source | text_source(record.caption) if header.get("rollouts") else source
+
+
+def _check_ids(tokens: Mapping[str, Tensor], vocab_size: int, key: str) -> None:
+    for name, ids in tokens.items():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise DataError(
+                f"the {name} of {key} have ids from {low} to {high}, and the tokenizer's are 0 to {vocab_size - 1}: they are "
+                "of another tokenizer, or were written by something else. Encode again into a new run directory"
+            )
+
+
 def _texts(record: ClipRecord) -> Iterator[tuple[str, dict[str, Any]]]:
     """Key and source of a clip's caption, and of the empty one."""
     yield record.key, text_source(record.caption)
@@ -144,7 +171,7 @@ def _texts(record: ClipRecord) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def batch_fields(clips: Sequence[EncodedClip], max_length: int | None) -> dict[str, Any]:
-    """Fields of a `Batch` for the clips of a micro-batch, which were encoded on the same things; float32.
+    """Fields of a `Batch` for the clips of a micro-batch, which were encoded on the same things; float32, ids int64.
 
     `max_length` is that of the text encoder: embeddings are padded with zeros to a multiple of 32 tokens, or to it.
     """
@@ -154,6 +181,9 @@ def batch_fields(clips: Sequence[EncodedClip], max_length: int | None) -> dict[s
         fields["latents"] = _stack(stored["mean" if "mean" in stored else "sample"] for stored in latents)
         if "logvar" in latents[0]:
             fields["logvar"] = _stack(stored["logvar"] for stored in latents)
+    tokens = [clip.tokens for clip in clips if clip.tokens is not None]
+    for name in tokens[0] if tokens else ():
+        fields[name] = torch.stack([stored[name].long() for stored in tokens])
     texts = [clip.text for clip in clips if clip.text is not None]
     if texts and clips[0].empty is not None:
         texts.append(clips[0].empty)

@@ -1,4 +1,4 @@
-"""A loader whose micro-batches bring latents, text, or both, that were encoded elsewhere."""
+"""A loader whose micro-batches bring latents, tokens, text, or several of these, that were encoded elsewhere."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class EncodedSource(Protocol):
     """Where encoded clips come from: sidecars, or a pool of encoders."""
 
     @property
-    def has_latents(self) -> bool:
-        """Whether latents come, so that no pixels are decoded here."""
+    def needs_pixels(self) -> bool:
+        """Whether clips are decoded here, since neither latents nor tokens of them come."""
 
     @property
     def max_length(self) -> int | None:
@@ -56,7 +56,7 @@ class EncodedLoader(StepLoader):
 
     def steps(self, state: PlanState | None = None) -> Iterator[Step]:
         """Steps from `state` on, without end."""
-        if not self.source.has_latents:
+        if self.source.needs_pixels:
             yield from super().steps(state)
             return
         encoded = self.source.follow(self._asked(state))

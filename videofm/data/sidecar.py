@@ -1,18 +1,21 @@
 """Sidecar shards: what frozen encoders make of the clips of a shard, beside it and under the same keys.
 
 ```
-header-latents.json                      what encoded, on what: one a kind (`latents`, `text`)
+header-latents.json                      what encoded, on what: one a kind (`latents`, `tokens`, `text`)
 sidecars/shard-00003.latents.tar         header.json; then KEY.latents.safetensors for each clip
+sidecars/shard-00003.tokens.tar          header.json; then KEY.tokens.safetensors for each clip
 sidecars/shard-00003.text.tar            header.json; header.empty.safetensors (the empty caption); KEY.text.safetensors
 index/shard-00003.latents.parquet        one row a clip: where its tensors lie in the tar, their SHA-256, the content key
 manifest/shard-00003.latents.json        the commit point
 ```
 
-A *content key* is the SHA-256 of all that decides the tensors: of latents the header, the SHA-256 of the clip's mp4, its
-frames and its window; of text the header and the caption (UTF-8, NFC). The header has the encoder's name, config, the SHA-256
-of its weights (and tokenizer), types, and the version of the code. A reader recomputes the key for what it is about to
-replace, so that nothing stale is ever used. Tensors: `mean` and `logvar`, or `sample`, `(C, T, H, W)`; `text` `(L, D)`
-without padding and, of a second encoder, `clip_text` `(M, E)`. Bytes depend on content alone, as those of shards.
+A *content key* is the SHA-256 of all that decides the tensors: of latents and tokens the header, the SHA-256 of the clip's mp4,
+its frames and its window, and of tokens with rollouts the caption; of text the header and the caption (UTF-8, NFC). The header
+has the encoder's name, config, the SHA-256 of its weights (and tokenizer), types, and the version of the code; of tokens also
+the VAE's, and the hash of the codebook. A reader recomputes the key for what it is about to replace, so that nothing stale is
+ever used. Tensors: `mean` and `logvar`, or `sample`, `(C, T, H, W)`; `indices` and, where an AR model made them, `rollouts`,
+`(T', H', W')` int32; `text` `(L, D)` without padding and, of a second encoder, `clip_text` `(M, E)`. Bytes depend on content
+alone, as those of shards.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from videofm.errors import DataError, MissingError
 from videofm.files import sha256_of, sync
 
 VERSION = 1
-KINDS = ("latents", "text")
+KINDS = ("latents", "tokens", "text")
 EMPTY = "header.empty.safetensors"
 _MAX_ROWS = 300_000
 """Rows of indexes that a reader keeps: a window of 256 shards of a thousand clips fits."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -12,36 +11,43 @@ from einops import repeat
 from torch import Tensor, nn
 
 from videofm.config.flow_matching import FlowMatchingConfig
-from videofm.errors import ConfigError
 from videofm.objectives.conditioning import MODES, Given, draw_given, probabilities
-from videofm.objectives.host import from_host, on_host
+from videofm.objectives.features import DrawnFeatures, FeatureSource, check_injection
+from videofm.objectives.host import on_host
+from videofm.objectives.latents import check_statistics, clean_latents
 from videofm.objectives.noise_levels import ClipShape, NoiseLevelLaw
 from videofm.objectives.packing import join, join_texts, take_apart
-from videofm.objectives.tokens import TokenBatch, draw_subset, loss_weight
+from videofm.objectives.texts import cut_shares, drop_captions, encode_captions, encoded_conditioning
+from videofm.objectives.tokens import Features, TokenBatch, draw_subset, loss_weight
 from videofm.ops.patchify import tokens_from_latents
 from videofm.types import Batch, Compression, Conditioning, Loss, SampleRng
-
-_TEXT_MULTIPLE = 32
-"""Text is cut to a multiple of this many tokens, so that few different shapes occur."""
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What was drawn for clips of one size: their tokens, what is given, and the captions that are told."""
+    """What was drawn for clips of one size: their tokens, what is given, the captions that are told, and sums for the log about
+    what guides them."""
 
     tokens: TokenBatch
     given: Given | None
     captions: list[str]
+    metrics: dict[str, Tensor]
 
 
 class FlowMatchingObjective:
-    """Mean squared error of the velocity that `dit` predicts for noisy latents of `vae`, given text of `text_encoder`."""
+    """Mean squared error of the velocity that `dit` predicts for noisy latents of `vae`, given text of `text_encoder`.
+
+    With `config.features` the dit is also guided by features of the frozen role `tokenizer` (see `FeatureSource`).
+    """
 
     roles: tuple[str, ...] = ("dit", "vae", "text_encoder")
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         self.config = config
         self.noise_levels = NoiseLevelLaw(config.noise_levels)
+        self.features = None if config.features is None else FeatureSource(config.features)
+        if self.features is not None:
+            self.roles = (*FlowMatchingObjective.roles, *self.features.roles)
         trained = ("dit", "text_encoder") if config.train_text_encoder else ("dit",)
         self.phases: Mapping[str, tuple[str, ...]] = {"train": trained}
 
@@ -59,11 +65,16 @@ class FlowMatchingObjective:
         Nothing here waits for the device: what decides about shapes is known to the host.
 
         Draws, each keyed by sample: `posterior` (latents are sampled), `noise`, `sigma`, `caption` (dropout), and those of
-        `draw_given` and `draw_subset`.
+        `draw_given`, `draw_subset` and `FeatureSource.draw`, whose metrics are added.
         """
         parts = batch.parts or (batch,)
         ends = [0, *accumulate(len(part.captions) for part in parts)]
-        drawn = [self._draw(models, part, rng.rows(*rows)) for part, rows in zip(parts, pairwise(ends), strict=True)]
+        rngs = [rng.rows(*rows) for rows in pairwise(ends)]
+        clean = [clean_latents(models["vae"], part, draws) for part, draws in zip(parts, rngs, strict=True)]
+        guides: Sequence[DrawnFeatures | None] = [None] * len(parts)
+        if self.features is not None:
+            guides = self.features.draw(models, clean, parts, rngs)
+        drawn = [self._draw(models, *of) for of in zip(parts, clean, guides, rngs, strict=True)]
         captions = [caption for part in drawn for caption in part.captions]
         if parts[0].text is None:
             text = self._conditioning(models["text_encoder"], captions)
@@ -80,18 +91,20 @@ class FlowMatchingObjective:
         ]
         total = torch.stack([loss.total for loss in losses]).sum()
         metrics = {name: torch.stack([loss.metrics[name] for loss in losses]).sum() for name in losses[0].metrics}
-        return Loss(total, metrics | _cut_shares(models["text_encoder"], captions, total))
+        return Loss(total, metrics | cut_shares(models["text_encoder"], captions, total))
 
-    def _draw(self, models: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> _Drawn:
-        clean = self.clean_latents(models["vae"], batch, rng)
+    def _draw(
+        self, models: Mapping[str, nn.Module], batch: Batch, clean: Tensor, guide: DrawnFeatures | None, rng: SampleRng
+    ) -> _Drawn:
         noise = rng.normal("noise", tuple(clean.shape[1:]))
         captions = self.drop_captions(batch.captions, on_host(rng).uniform("caption"))
         sigma = self.draw_sigma(clean, models["vae"].compression, rng)
         given = draw_given(self.config.conditioning, _cells(clean), rng)
-        tokens = self.tokens(models, clean, noise, sigma, batch.fps, given)
+        features, metrics = (None, {}) if guide is None else (guide.features, guide.metrics)
+        tokens = self.tokens(models, clean, noise, sigma, batch.fps, given, features)
         if dropping := self.config.token_dropping:
             tokens = tokens.subset(draw_subset(tokens.clean.shape[1], tokens.given, dropping.num_tokens, rng))
-        return _Drawn(tokens, given, captions)
+        return _Drawn(tokens, given, captions, metrics)
 
     def _loss(self, dit: nn.Module, drawn: _Drawn, squares: Tensor, text: Conditioning) -> Loss:
         """Loss and metrics of clips of one size from squared errors `(B, L, C)`; `text` has B rows."""
@@ -101,41 +114,19 @@ class FlowMatchingObjective:
         total = (mse if weight is None else tokens.means(squares, weight)).sum()
         level = tokens.sigma if tokens.sigma.ndim == 1 else tokens.means(tokens.sigma[:, :, None])
         metrics = {"loss": total.detach(), "mse": mse.detach().sum(), "sigma": level.sum()}
-        return Loss(total, metrics | self._shares(drawn.given, tokens) | _cost(dit, tokens, text))
+        return Loss(total, metrics | drawn.metrics | self._shares(drawn.given, tokens) | _cost(dit, tokens, text))
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
-        """Refuse a VAE whose latent statistics are not the ones that the config names.
+        """Refuse models that do not fit the config, or each other.
 
         Raises:
-            ConfigError: another hash.
+            ConfigError: latent statistics of the VAE with another hash than the config names; a dit with an injection of
+                features where none are configured, or the reverse; a tokenizer of another VAE's latents.
         """
-        wanted, found = self.config.latent_statistics_hash, models["vae"].latent_statistics.hash
-        if wanted not in (None, found):
-            raise ConfigError(
-                f"objective.latent_statistics_hash is {wanted}, but the statistics of role vae have {found}: they were "
-                "measured again, or are another VAE's. A model trained on one normalisation does not fit the other: load the "
-                "VAE that was meant, or set the hash to null."
-            )
-
-    @torch.no_grad()
-    def clean_latents(self, vae: nn.Module, batch: Batch, rng: SampleRng) -> Tensor:
-        """Normalised latents `(B, C, T, H, W)` float32 of a micro-batch: those that came with it, or of its pixels."""
-        if batch.latents is None:
-            return self.encode(vae, batch.video, rng)
-        latents, posterior = batch.latents, batch.posterior
-        if posterior is not None:
-            latents = posterior.sample(rng.normal("posterior", tuple(latents.shape[1:])))
-        return vae.normalize(latents.float())
-
-    @torch.no_grad()
-    def encode(self, vae: nn.Module, video: Tensor, rng: SampleRng | None = None) -> Tensor:
-        """Normalised latents `(B, C, T, H, W)` float32 of `video`: sampled with draws of `rng`, or the most likely without."""
-        posterior = vae.encode(video)
-        if rng is None:
-            latents = posterior.mode().float()
-        else:
-            latents = posterior.sample(rng.normal("posterior", tuple(posterior.mean.shape[1:]))).float()
-        return vae.normalize(latents)
+        check_statistics(models["vae"], self.config.latent_statistics_hash)
+        check_injection(models.get("dit"), self.features is not None)
+        if self.features is not None:
+            self.features.check(models)
 
     def draw_sigma(self, clean: Tensor, compression: Compression, rng: SampleRng) -> Tensor:
         """Noise levels for latents `clean` `(B, C, T, H, W)`: `(B,)`, or `(B, L)` where each frame has its own.
@@ -155,6 +146,7 @@ class FlowMatchingObjective:
         sigma: Tensor,
         fps: Tensor,
         given: Given | None = None,
+        features: Features | None = None,
     ) -> TokenBatch:
         """The tokens of latents `clean` and `noise` `(B, C, T, H, W)` at levels `sigma` `(B,)` or `(B, L)`.
 
@@ -165,20 +157,21 @@ class FlowMatchingObjective:
             sigma: levels of the tokens that are not given.
             fps: `(B,)` frames a second.
             given: what is given at its own level.
+            features: what guides them.
         """
         coordinates = models["dit"].coordinates(_cells(clean), fps, models["vae"].compression, self.config.causal_fix)
         levels, mask = (sigma, None) if given is None else (given.levels(sigma), given.mask)
-        return TokenBatch(tokens_from_latents(clean), tokens_from_latents(noise), levels, coordinates, mask)
+        return TokenBatch(tokens_from_latents(clean), tokens_from_latents(noise), levels, coordinates, mask, features)
 
     def squared_errors(self, dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> Tensor:
         """Squares of predicted velocity minus `noise - clean`, `(B, L, C)` float32, also under autocast; `text` has B rows."""
-        predicted = dit(tokens.noisy, tokens.sigma, text, tokens.coordinates)
+        predicted = dit(tokens.noisy, tokens.sigma, text, tokens.coordinates, **_guidance(tokens.features))
         return (predicted.float() - tokens.velocity.float()).square()
 
     def packed_squared_errors(self, dit: nn.Module, parts: Sequence[TokenBatch], text: Conditioning) -> list[Tensor]:
         """`squared_errors` of each part, all of which go through the model in one sequence; `text` has a row for each clip."""
         packed = join(parts)
-        predicted = dit(packed.noisy, packed.sigma, text, packed.coordinates, packed.documents)
+        predicted = dit(packed.noisy, packed.sigma, text, packed.coordinates, packed.documents, **_guidance(packed.features))
         return [
             (velocity.float() - part.velocity.float()).square()
             for velocity, part in zip(take_apart(predicted, parts), parts, strict=True)
@@ -195,28 +188,24 @@ class FlowMatchingObjective:
     ) -> Tensor:
         """Each sample's mean squared error of the predicted velocity, `(B,)` float32, with nothing given or dropped.
 
-        Arguments as in `tokens`; `captions` are B texts.
+        Features that guide are those of `clean` itself, as the role `tokenizer` makes them. Arguments as in `tokens`;
+        `captions` are B texts.
         """
-        tokens = self.tokens(models, clean, noise, sigma, fps)
+        features = None if self.features is None else self.features.exact(models, clean)
+        tokens = self.tokens(models, clean, noise, sigma, fps, features=features)
         text = self._conditioning(models["text_encoder"], captions)
         return tokens.means(self.squared_errors(models["dit"], tokens, text))
 
     def drop_captions(self, captions: list[str], uniform: Tensor) -> list[str]:
         """Captions with those made empty whose draw lies below `caption_dropout`; the draws lie on the CPU."""
-        dropped = (uniform < self.config.caption_dropout).tolist()
-        return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        return drop_captions(captions, uniform, self.config.caption_dropout)
 
     def _conditioning(self, text_encoder: nn.Module, captions: list[str]) -> Conditioning:
         """The captions' text: each distinct one is encoded once, and columns that only hold padding are cut off.
 
         The model masks padding, so the cut changes no number; it spares a quarter of the step for short captions.
         """
-        distinct = sorted(set(captions))
-        with nullcontext() if self.config.train_text_encoder else torch.no_grad():
-            text: Conditioning = text_encoder.encode(distinct)
-        longest = text.mask.shape[1] if text.longest is None else text.longest
-        kept = -(-longest // _TEXT_MULTIPLE) * _TEXT_MULTIPLE
-        return text.trimmed(kept).rows(from_host([distinct.index(caption) for caption in captions], text.mask.device))
+        return encode_captions(text_encoder, captions, self.config.train_text_encoder)
 
     def _shares(self, given: Given | None, tokens: TokenBatch) -> dict[str, Tensor]:
         """Sums over the samples for the log; the same names at every step, whatever was drawn."""
@@ -229,20 +218,9 @@ class FlowMatchingObjective:
         return {"given": tokens.given.float().mean(dim=1).sum()} | shares
 
 
-def encoded_conditioning(batch: Batch, captions: list[str]) -> Conditioning:
-    """The text that came with a micro-batch, cut as `_conditioning` cuts it; `captions` are those of the batch, some made
-    empty."""
-    assert batch.text is not None and batch.text_lengths is not None
-    empty = len(batch.captions)
-    rows = [row if caption == batch.captions[row] else empty for row, caption in enumerate(captions)]
-    lengths = [batch.text_lengths[row] for row in rows]
-    longest = max(lengths)
-    index = from_host(rows, batch.text.device)
-    kept = from_host(lengths, batch.text.device)
-    mask = torch.arange(batch.text.shape[1], device=batch.text.device) < kept[:, None]  # (B, L)
-    clip = None if batch.clip_text is None else batch.clip_text[index]
-    text = Conditioning(batch.text[index], mask, clip, longest)
-    return text.trimmed(-(-longest // _TEXT_MULTIPLE) * _TEXT_MULTIPLE)
+def _guidance(features: Features | None) -> dict[str, Tensor]:
+    """Arguments of a dit that has an injection; none for one that has not."""
+    return {} if features is None else {"features": features.tokens, "features_kept": features.kept}
 
 
 def _cells(latents: Tensor) -> tuple[int, int, int]:
@@ -257,11 +235,7 @@ def _cost(dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> dict[str, T
     counts = {"tokens": num_tokens, "text_tokens": num_text}
     if formula := getattr(getattr(dit, "config", None), "flops", None):
         counts["flops"] = formula(num_tokens, num_text)
+        if (injection := getattr(dit, "injection", None)) is not None:
+            counts["flops"] += injection.flops(dit.config, num_tokens, num_text)
     padding = (~text.mask).float().mean(dim=1).sum()
     return {name: tokens.clean.new_full((), size * count) for name, count in counts.items()} | {"padding_share": padding}
-
-
-def _cut_shares(text_encoder: nn.Module, captions: list[str], like: Tensor) -> dict[str, Tensor]:
-    """How many captions each encoder of the text cuts; made on the device of `like`."""
-    cuts: dict[str, list[bool]] = text_encoder.cuts(captions)  # type: ignore[operator]
-    return {f"cut_{name}": like.new_full((), float(sum(found))) for name, found in cuts.items()}

@@ -11,19 +11,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from videofm.attention import Documents
-from videofm.objectives.tokens import TokenBatch
+from videofm.objectives.tokens import Features, TokenBatch
 from videofm.types import Conditioning
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """What the model sees of packed clips: `noisy` `(1, L, C)`, `sigma` `(1, L)`, `coordinates` `(1, 3, L)`, and which of the
-    tokens are of which clip."""
+    """What the model sees of packed clips: `noisy` `(1, L, C)`, `sigma` `(1, L)`, `coordinates` `(1, 3, L)`, which of the
+    tokens are of which clip, and what guides them, or None."""
 
     noisy: Tensor
     sigma: Tensor
     coordinates: Tensor
     documents: Documents
+    features: Features | None = None
 
 
 def join(parts: Sequence[TokenBatch]) -> PackedTokens:
@@ -36,7 +37,15 @@ def join(parts: Sequence[TokenBatch]) -> PackedTokens:
         torch.cat([rearrange(level, "b l -> 1 (b l)") for level in levels], dim=1),
         torch.cat(places, dim=2),
         Documents.of([part.clean.shape[1] for part in parts for _ in range(part.clean.shape[0])]),
+        _join_features([part.features for part in parts if part.features is not None]),
     )
+
+
+def _join_features(parts: Sequence[Features]) -> Features | None:
+    if not parts:
+        return None
+    tokens = [rearrange(part.tokens, "b l c -> 1 (b l) c") for part in parts]
+    return Features(torch.cat(tokens, dim=1), torch.cat([rearrange(part.kept, "b l -> 1 (b l)") for part in parts], dim=1))
 
 
 def take_apart(values: Tensor, parts: Sequence[TokenBatch]) -> list[Tensor]:

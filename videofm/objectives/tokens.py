@@ -14,10 +14,23 @@ from videofm.types import SampleRng
 
 
 @dataclass(frozen=True)
+class Features:
+    """What guides each token of a DiT: `tokens` `(B, L, C)`, and `kept` `(B, L)` bool, False where the null feature stands."""
+
+    tokens: Tensor
+    kept: Tensor
+
+    def subset(self, index: Tensor) -> Features:
+        """Those of the tokens with the numbers `index` `(B, N)`."""
+        rows = repeat(index, "b n -> b n c", c=self.tokens.shape[2])
+        return Features(self.tokens.gather(1, rows), self.kept.gather(1, index))
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """`clean` and `noise` `(B, L, C)`, `sigma` `(B,)` or `(B, L)`, `coordinates` `(B, 3, L)`.
 
-    `given` is `(B, L)` bool, True for tokens that bear no loss, or None where all do.
+    `given` is `(B, L)` bool, True for tokens that bear no loss, or None where all do; `features` guide the tokens, or None.
     """
 
     clean: Tensor
@@ -25,6 +38,7 @@ class TokenBatch:
     sigma: Tensor
     coordinates: Tensor
     given: Tensor | None = None
+    features: Features | None = None
 
     @property
     def noisy(self) -> Tensor:
@@ -46,6 +60,7 @@ class TokenBatch:
             self.sigma if self.sigma.ndim == 1 else self.sigma.gather(1, index),
             self.coordinates.gather(2, places),
             None if self.given is None else self.given.gather(1, index),
+            None if self.features is None else self.features.subset(index),
         )
 
     def means(self, values: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from videofm.parallel.tensor import check_heads
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
 from videofm.train.engine import PhaseEngine
-from videofm.train.optim import MovingAverage
+from videofm.train.optim import MovingAverage, num_elements
 from videofm.train.zero import check_offload, check_scaling
 from videofm.types import Objective
 
@@ -68,6 +68,8 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
         model.train(trained).requires_grad_(trained)
         if trained:
             models.freeze_all_but_lora(model)
+            if role in config.models and config.models[role].freeze_base:
+                models.freeze_base(model)
         _parallelize(model, mesh, config, role)
     engines = {phase: PhaseEngine(models_, objective, phase, config, mesh) for phase in objective.phases}
     averages: dict[str, MovingAverage] = {}
@@ -138,7 +140,8 @@ def build_objective(config: TrainConfig) -> Objective:
     """The configured objective.
 
     Raises:
-        ConfigError: its roles are not the ones that `models` fills, or one that it does not train is to have adapters.
+        ConfigError: its roles are not the ones that `models` fills, or one that it does not train is to have adapters or an
+            injection.
     """
     kind = config.objective.kind
     objective: Objective = registry.lookup(registry.OBJECTIVES, kind, "objective")(config.objective)
@@ -152,6 +155,11 @@ def build_objective(config: TrainConfig) -> Objective:
     for role, chosen in config.models.items():
         if chosen.lora is not None and role not in trained_roles(objective):
             raise ConfigError(f"models.{role}.lora: objective {kind!r} does not train {role}; leave it out.")
+        if (chosen.injection is not None or chosen.freeze_base) and role not in trained_roles(objective):
+            raise ConfigError(
+                f"models.{role}.injection, models.{role}.freeze_base: objective {kind!r} does not train {role}; leave them "
+                "out. A run that has an injection brings it (`path`)."
+            )
     return objective
 
 
@@ -174,6 +182,11 @@ def build_models(config: TrainConfig, device: str = "cpu") -> dict[str, nn.Modul
 
 def _build_model(config: ModelConfig, device: str) -> nn.Module:
     model = _base_model(config, device)
+    if (wanted := config.injection) is not None:
+        blocks = wanted.blocks if isinstance(wanted.blocks, str) else tuple(wanted.blocks)
+        models.inject_features(model, models.InjectionSpec(wanted.kind, blocks, wanted.feature_channels, wanted.hidden_width))
+    if config.freeze_base:
+        models.freeze_base(model)
     if config.lora is not None:
         models.inject_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
         adapters = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -200,10 +213,12 @@ def _base_model(config: ModelConfig, device: str) -> nn.Module:
 
 
 def fate(model: nn.Module, trained: bool) -> str:
-    """Whether the weights of a role are trained, frozen, or only its adapters are trained."""
+    """Whether the weights of a role are trained, frozen, or only its adapters or its injection are trained."""
+    moving = sum(num_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
     if trained and models.lora_spec(model) is not None:
-        adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        return f"of which {adapters:,} are adapters and trained"
+        return f"of which {moving:,} are adapters and trained"
+    if trained and models.injection_spec(model) is not None and not all(value.requires_grad for value in model.parameters()):
+        return f"of which {moving:,} are the injection's and trained"
     return "trained" if trained else "frozen"
 
 
@@ -229,7 +244,7 @@ def split_heads(built: Mapping[str, nn.Module]) -> list[int]:
 
 def transformers(built: Mapping[str, nn.Module]) -> list[Any]:
     """The models that tensor ranks split, and whose attention context ranks share."""
-    return [model for model in built.values() if str(model.spec_name).startswith("dit/")]
+    return [model for model in built.values() if str(model.spec_name).startswith(("dit/", "ar/"))]
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -244,7 +259,9 @@ def dry_run(config: TrainConfig) -> str:
         if model_config.name is None or size is None:
             lines.append(f"{role}: {state}")
             continue
-        model = _build_model(model_config.model_copy(update={"init_from": None}), "meta")
+        # Whether `init_from` brings an injection is seen when it is loaded.
+        frozen = model_config.freeze_base and model_config.injection is not None
+        model = _build_model(model_config.model_copy(update={"init_from": None, "freeze_base": frozen}), "meta")
         count = sum(parameter.numel() for parameter in model.parameters())
         if role in trained_roles(objective):
             trained_models[role] = model

@@ -6,6 +6,7 @@ its own models with what the cache was made by.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from videofm import models
-from videofm.config.encode import EncoderConfig, LatentsConfig, TextConfig
+from videofm.config.encode import EncoderConfig, LatentsConfig, TextConfig, TokensConfig
 from videofm.errors import DataError
 
 ENCODER_VERSION = 1
@@ -47,10 +48,27 @@ def identity(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def codebook_hash(tokenizer: nn.Module) -> str:
+    """SHA-256 (hex) of what turns ids into codes: the config of the quantizer and all its tensors.
+
+    Not of the codes themselves: those of some quantizers are products of matrices, whose last bits differ between machines.
+    Of two tokenizers with one hash, every id has the same code.
+    """
+    config = dataclasses.asdict(tokenizer.config.quantizer)  # type: ignore[union-attr, call-overload, arg-type]
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    quantizer: nn.Module = tokenizer.quantizer  # type: ignore[assignment]
+    total.update(_tensors_hash(quantizer.state_dict()).encode())
+    return total.hexdigest()
+
+
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 (hex) over names, types, shapes and bytes of all tensors of a model."""
+    return _tensors_hash(models.weights(model))
+
+
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
-    for name, tensor in sorted(models.weights(model).items()):
+    for name, tensor in sorted(tensors.items()):
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
@@ -82,6 +100,20 @@ def load_encoder(config: EncoderConfig, device: str | torch.device) -> nn.Module
     return model.to(device).eval().requires_grad_(False)
 
 
+def tiled(vae: nn.Module, config: LatentsConfig | TokensConfig) -> Any:
+    """What encodes as `vae` does, in the tiles of `config`.
+
+    Raises:
+        ConfigError: tiles off the grid of the VAE.
+    """
+    return vae if config.tile is None else vae.tiled(config.tile, config.tile, config.tile_overlap)  # type: ignore[operator]
+
+
+def tiles(config: LatentsConfig | TokensConfig) -> list[int] | None:
+    """The tiles of `config` as a header has them."""
+    return None if config.tile is None else [config.tile, config.tile_overlap]
+
+
 class LatentEncoder:
     """Clips to what a sidecar stores of their latents: `mean` and `logvar`, or `sample`, each `(C, T, H, W)`, raw."""
 
@@ -91,7 +123,7 @@ class LatentEncoder:
             ConfigError: tiles off the grid of the VAE.
         """
         self.vae, self.config, self.device = vae, config, torch.device(device)
-        self.tiled: Any = vae if config.tile is None else vae.tiled(config.tile, config.tile, config.tile_overlap)  # type: ignore[operator]
+        self.tiled = tiled(vae, config)
         self.batch_size = config.batch_size
 
     @classmethod
@@ -102,10 +134,9 @@ class LatentEncoder:
     @staticmethod
     def describe(encoder: Mapping[str, Any], config: LatentsConfig) -> dict[str, Any]:
         """The part of a header that the encoder decides; `encoder` is its `identity`."""
-        tiles = None if config.tile is None else [config.tile, config.tile_overlap]
         return {
             "encoder": dict(encoder), "store": config.store, "dtype": config.dtype, "precision": config.precision,
-            "tiles": tiles, "batch_size": config.batch_size,
+            "tiles": tiles(config), "batch_size": config.batch_size,
         }  # fmt: skip
 
     def header(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from videofm.train.zero import (
     safe_set_local_optimizer_state,
     summed,
 )
-from videofm.types import Batch, Objective
+from videofm.types import Batch, Objective, Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -67,6 +67,11 @@ class PhaseModule(nn.Module):
         rngs = [self._rng(batch) for batch in batches]
         with torch.autocast(batches[0].video.device.type, torch.bfloat16, enabled=self._autocast):
             return prepare(self._models, batches, rngs, self._phase, all_sum)
+
+    def after_step(self, skipped: bool, ranks: Ranks) -> dict[str, float]:
+        """What the objective does, and measures, once the step is done (see `types.Objective`)."""
+        after = getattr(self._objective[0], "after_step", None)
+        return {} if after is None else after(self._models, self._phase, skipped, ranks)
 
     def train_only_mine(self, trains: Callable[[nn.Parameter], bool]) -> None:
         """Let gradients reach the parameters of this phase's roles that `trains` accepts, and no others.
@@ -120,7 +125,8 @@ class PhaseEngine:
 
         Returns:
             The mean of the loss and of each metric over all samples of the step, the gradient's norm before clipping (inf where
-            it is not finite), `skipped` (1 if the step moved nothing) and `num_skipped`, the count of such steps.
+            it is not finite), `skipped` (1 if the step moved nothing) and `num_skipped`, the count of such steps; besides what
+            the objective measures after the step.
 
         Raises:
             VideofmError: the loss is not finite, or too many steps in a row were skipped; no weight was changed by this step.
@@ -145,6 +151,8 @@ class PhaseEngine:
                 self._before_step()
                 self.engine.step()
         skipped = self._judged(batches[0].step)
+        with naming("statistics after the step", self.mesh.data_group):
+            means |= self.module.after_step(skipped, self.mesh)
         return {**means, "grad_norm": self._grad_norm, "skipped": float(skipped), "num_skipped": self.clip.num_skipped}
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -111,9 +111,8 @@ def _gather(job: Job, position: PlanState) -> CheckpointFiles:
         tensors[f"models/{role}/model"] = whole_weights(job, role)
     for role, average in job.averages.items():
         values[f"ema/{role}/model"] = models.describe(job.models[role])
-        buffers = {name: buffer.detach() for name, buffer in job.models[role].named_buffers()}
-        kept = {name: buffer for name, buffer in buffers.items() if name in tensors[f"models/{role}/model"]}
-        tensors[f"ema/{role}/model"] = {**average.whole(job.mesh.gradient_group), **kept}
+        # Buffers, and weights that are frozen beside those that train, have no average.
+        tensors[f"ema/{role}/model"] = {**tensors[f"models/{role}/model"], **average.whole(job.mesh.gradient_group)}
     for phase, engine in job.engines.items():
         tensors[f"optimizer/{phase}"] = engine.optimizer_state()
     return CheckpointFiles(tensors, values)

@@ -28,6 +28,7 @@ from videofm.data.plan import PlanState
 from videofm.evaluation.held_out_loss import held_out_loss
 from videofm.objectives.flow_matching import FlowMatchingObjective
 from videofm.objectives.latent_statistics import first_clips
+from videofm.objectives.latents import encoded_latents
 from videofm.parallel.rng import KeyedRng
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory, read_jsonl, write_atomic
@@ -139,7 +140,7 @@ def held_out_losses(
     def prepare(batch: Batch) -> Callable[[Tensor], Tensor]:
         nonlocal num_clips
         num_clips += len(batch.video)
-        clean = objective.encode(models["vae"], batch.video)
+        clean = encoded_latents(models["vae"], batch.video)
         noise = KeyedRng(seed, 0, batch.sample_ids, clean.device).normal("held_out_noise", tuple(clean.shape[1:]))
         return lambda sigma: objective.velocity_errors(models, clean, batch.captions, batch.fps, sigma, noise)
 

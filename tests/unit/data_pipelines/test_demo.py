@@ -97,3 +97,14 @@ def test_a_second_attempt_renders_only_what_is_missing(tmp_path):
     after = [path.stat().st_mtime_ns for path in videos]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
     assert [path.read_bytes() for path in videos] == contents
+
+
+def test_speed_is_that_of_the_config():
+    """Pixels a frame at size 32, in twice the size twice as many; the centre of a mask moves by as much between its ends."""
+    for size in (32, 64):
+        frames = demo.render_shot("red", "circle", "right", 12, size, np.random.default_rng(0), speeds=(0.4, 0.4)).astype(float)
+        weights = np.where(frames.max(-1) - frames.min(-1) > 60, 1.0, 0.0).sum(axis=1)  # (T, W)
+        centre = weights @ np.arange(size) / weights.sum(axis=1)
+        assert (centre[-1] - centre[0]) / 11 == pytest.approx(0.4 * size / 32, rel=0.15)
+    with pytest.raises(ValueError, match="speed is"):
+        DemoDataConfig(kind="demo_data", speed=[1.0, 0.5])

@@ -249,7 +249,7 @@ def test_what_cannot_be_encoded_is_refused(shared: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=match):
             encode_config(shared["shards"], shared["encoders"], **changes)
 
-    refused("nothing to encode: give latents, text, or both", latents=None, text=None)
+    refused("nothing to encode: give latents, tokens, text, or several of them", latents=None, text=None)
     refused("give either `path`", text={"encoder": {}})
     refused(r"'text/t5' would get fresh weights.*overrides\.path", text={"encoder": {"name": "text/t5"}})
     images = {**BUCKETS, "sizes": [*BUCKETS["sizes"], {"num_frames": 1, "height": 32, "width": 32}], "image_share": 0.5}

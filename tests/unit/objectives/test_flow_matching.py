@@ -14,6 +14,7 @@ from videofm.errors import ConfigError, DataError
 from videofm.models.flops import flops_per_sample
 from videofm.objectives.conditioning import draw_given
 from videofm.objectives.flow_matching import FlowMatchingObjective
+from videofm.objectives.latents import encoded_latents
 from videofm.objectives.noise_levels import ClipShape
 from videofm.objectives.tokens import draw_subset, loss_weight
 from videofm.ops import flow
@@ -77,8 +78,8 @@ def make_batch(size: int = 3, pixels: int = 8, frames: int = 2, seed: int = 0) -
 
 
 def oracle_models(batch: Batch, rng: KeyedRng, factor: float = 1.0, error: float | Tensor = 0.0) -> dict[str, nn.Module]:
-    objective, vae = FlowMatchingObjective(config()), PlainVae()
-    clean = objective.encode(vae, batch.video, rng)
+    vae = PlainVae()
+    clean = encoded_latents(vae, batch.video, rng)
     noise = rng.normal("noise", tuple(clean.shape[1:]))
     return {"vae": vae, "text_encoder": CaptionLengths(), "dit": Oracle(clean, noise, factor, error)}
 
@@ -242,10 +243,9 @@ def test_captions_are_dropped_by_their_own_draw() -> None:
 def test_latents_are_normalised_and_sampled_with_the_keyed_draw() -> None:
     batch = make_batch()
     rng = KeyedRng(3, batch.step, batch.sample_ids)
-    objective = FlowMatchingObjective(config())
-    most_likely = objective.encode(PlainVae(), batch.video)
+    most_likely = encoded_latents(PlainVae(), batch.video)
     torch.testing.assert_close(most_likely, (batch.video[..., ::4, ::4] - 1) / 2)
-    sampled = objective.encode(PlainVae(), batch.video, rng)
+    sampled = encoded_latents(PlainVae(), batch.video, rng)
     torch.testing.assert_close(sampled - most_likely, 0.1 / 2 * rng.normal("posterior", tuple(most_likely.shape[1:])))
 
 
@@ -340,7 +340,7 @@ def test_dropping_tokens_is_running_on_the_subset(tiny: dict[str, nn.Module]) ->
 
     objective = FlowMatchingObjective(config(conditioning=conditioning))
     with torch.no_grad():
-        clean = objective.encode(tiny["vae"], batch.video, rng)
+        clean = encoded_latents(tiny["vae"], batch.video, rng)
         noise, captions = (
             rng.normal("noise", tuple(clean.shape[1:])),
             objective.drop_captions(batch.captions, rng.uniform("caption")),
