@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from videofm import __version__, cli_data
 from videofm.cli_verb import EXIT_CODES, OVERRIDES, STOPPING, Verb, about
@@ -28,6 +28,13 @@ class _Parser(argparse.ArgumentParser):
     """Prints the fields of a config below the help, read from the schema only when help is asked for."""
 
     schema: str | None = None
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2; a misspelt option is told with the nearest there is."""
+        wrong = next((word for word in message.split() if word.startswith("--")), None)
+        if wrong is not None and message.startswith("unrecognized arguments"):
+            message += nearest(wrong.partition("=")[0], self._option_string_actions)
+        super().error(message)
 
     def format_help(self) -> str:
         """The help, with the fields."""
@@ -186,12 +193,38 @@ def _sample(arguments: argparse.Namespace) -> int:
     if arguments.prompt:
         said |= {"prompts": arguments.prompt, "prompts_file": None}
     if arguments.prompts_file is not None:
-        said |= {"prompts": [], "prompts_file": arguments.prompts_file}
+        said |= {"prompts": [], "prompts_file": arguments.prompts_file} | _window_of_clips(arguments)
     if arguments.image:
         one = len(arguments.image) == 1
         said |= {"image": arguments.image[0] if one else None, "images": [] if one else arguments.image}
     arguments.overrides += [f"{prefix}{field}={json.dumps(value)}" for field, value in said.items()]
     return _stage(arguments)
+
+
+def _window_of_clips(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For a storyboard that is longer than the clips a run was trained on, and no word of windows: some of their length, that
+    share one frame, which every VAE allows."""
+    path, given = Path(arguments.config), [override.partition("=")[0].partition(".")[0] for override in arguments.overrides]
+    if not arguments.prompts_file.endswith((".yaml", ".yml")) or "window" in given or not path.is_dir():
+        return {}
+    clip, wanted = _defaults_from(path, "sample").get("num_frames"), _wanted_frames(arguments)
+    if clip is None or wanted is None or wanted <= clip:
+        return {}
+    window = {"num_frames": clip, "overlap_frames": 1}
+    print(
+        f"videofm: made in windows of {clip} frames, as the clips of the training, that share 1: window={window}",
+        file=sys.stderr,
+    )
+    return {"window": window}
+
+
+def _wanted_frames(arguments: argparse.Namespace) -> int | None:
+    """Frames of a video by `--frames`, which stands behind all overrides, or by the last override `num_frames=N`."""
+    if arguments.frames is not None:
+        return int(arguments.frames)
+    said = [value for key, _, value in (text.partition("=") for text in arguments.overrides) if key == "num_frames"]
+    # What is no number is told when the config is read.
+    return int(said[-1]) if said and said[-1].isdecimal() else None
 
 
 def _train_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -315,6 +348,7 @@ SAMPLE_OPTIONS = {
     "guidance": "guidance_scale",
     "seed": "seed",
     "fit": "fit",
+    "guide": "guide.run",
 }
 """Short options of `videofm sample` and the fields that they set."""
 
@@ -323,7 +357,10 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     _stage_arguments(parser)
     short = parser.add_argument_group("short for key=value")
     short.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; repeat it for more videos")
-    short.add_argument("--prompts-file", metavar="FILE", help="text file with one caption a line")
+    short.add_argument(
+        "--prompts-file", "--prompts", metavar="FILE", help="text file with one caption a line, or a storyboard (.yaml)"
+    )
+    short.add_argument("--guide", metavar="RUN", help="run of an autoregressive model that guides a DiT with an injection")
     short.add_argument("--image", action="append", metavar="FILE", help="first frame of all videos; repeat it: one a prompt")
     short.add_argument("--fit", choices=["crop", "pad"], help="what to do with an image of another shape than the video")
     short.add_argument("--frames", type=int, metavar="N", help="frames of a video")
@@ -381,8 +418,8 @@ VERBS = {
     "data": cli_data.verb(_train_config),
     "encode": _stage_verb(
         "encode",
-        "latents and text embeddings of shards, for training",
-        "Run the frozen VAE and the frozen text encoder once over a dataset, on Ray actors, into sidecar shards that\n"
+        "latents, tokens and text embeddings of shards, for training",
+        "Run the frozen VAE, latent tokenizer and text encoder once over a dataset, on Ray actors, into sidecar shards that\n"
         "`data.cache` of a training reads. They are keyed by content: other weights, clips or captions are refused.",
         "videofm encode configs/debug/encode.yaml\n"
         "videofm encode configs/debug/encode.yaml engine.num_actors=8 engine.num_gpus=1\n"
@@ -406,7 +443,14 @@ VERBS = {
             "videofm sample runs/quickstart/stages/dit --prompt 'a red circle' --image first.png --fit crop --seed 3\n"
             "videofm sample models/ltx --prompts-file prompts.txt --frames 121 --height 512 --width 768 --fps 24\n"
             "videofm sample models/ltx --prompt 'a beach' --frames 481 'window={num_frames: 121, overlap_frames: 25}' ...\n"
+            "videofm sample runs/arlon/stages/guided --guide runs/arlon/stages/ar --frames 257 --prompts storyboard.yaml\n"
             "videofm sample configs/quickstart.yaml --stage sample",
+            "storyboards:\n"
+            "  a video whose prompt changes on the way: a file that ends in .yaml, for --prompts. Segments tile the frames;\n"
+            "  a window has the prompt of its first new frame. Where no `window` is given, those of a run are as long\n"
+            "  as the clips of its training, and share a frame. Several videos are `videos: [[...], [...]]`.\n"
+            "    - {start: 0, stop: 129, prompt: a red circle moving left}\n"
+            "    - {start: 129, stop: 257, prompt: a red circle moving right}",
             OVERRIDES,
             STOPPING,
         ),

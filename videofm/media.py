@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import av
@@ -30,30 +32,82 @@ def to_frames(video: Any) -> Frames:
     return np.ascontiguousarray(np.rint((values.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0))
 
 
+class VideoWriter:
+    """An H.264 file (yuv420p, which every player shows) at nearly no loss, written as its frames are made.
+
+    Use it as a context: the file appears when the context ends and is whole; an exception inside leaves nothing behind, and
+    what a killed process left is removed by the next writer of the file, of which there is one at a time. What was written is
+    not kept in memory, however long the video is.
+    """
+
+    def __init__(self, path: str | Path, fps: float) -> None:
+        """`fps` are frames a second."""
+        self._path, self._fps = Path(path), fps
+        self._aside = self._path.with_name(f"{self._stem}{os.getpid()}")
+        self._container: Any = None
+        self._stream: Any = None
+
+    @property
+    def _stem(self) -> str:
+        return f".{self._path.name}.tmp-"
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def write(self, frames: Frames) -> None:
+        """Put uint8 `frames` `(T, H, W, 3)` behind those that are there.
+
+        Raises:
+            DataError: they are not that, have odd sides or another size than those before, or fps is not positive.
+        """
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+            raise DataError(f"a video is uint8 frames (T, H, W, 3), not {frames.dtype} {tuple(frames.shape)}.")
+        height, width = frames.shape[1:3]
+        if self._stream is None:
+            self._open(height, width)
+        if (self._stream.height, self._stream.width) != (height, width):
+            before = f"{self._stream.height}x{self._stream.width}"
+            raise DataError(f"frames of {height}x{width} cannot follow frames of {before}: a video has one size.")
+        for frame in frames:
+            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._container is not None:
+                with self._container:
+                    if kind is None:
+                        self._container.mux(self._stream.encode(None))
+                if kind is None:
+                    os.replace(self._aside, self._path)
+        finally:
+            self._aside.unlink(missing_ok=True)
+        if kind is None and self._container is None:
+            raise DataError(f"no frame was written to {self._path}: a video has at least one.")
+
+    def _open(self, height: int, width: int) -> None:
+        if height % 2 or width % 2 or self._fps <= 0:
+            raise DataError(
+                f"cannot write {height}x{width} frames at {self._fps} a second: H.264 needs even sides and a positive rate."
+            )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in self._path.parent.glob(f"{glob.escape(self._stem)}*"):
+            stale.unlink(missing_ok=True)
+        self._container = av.open(str(self._aside), "w", format="mp4")
+        self._stream = self._container.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1001))
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        # One thread: the bytes do not depend on the machine, and small videos gain nothing from more.
+        # No mbtree: on small frames it reads what it has not written, and equal frames give different bytes now and then.
+        self._stream.options = {"crf": _CRF, "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
+
+
 def write_video(path: str | Path, frames: Frames, fps: float) -> None:
-    """Write `frames` as H.264 (yuv420p, which every player shows) at nearly no loss; the file appears when it is whole.
+    """Write all `frames` of a video, see `VideoWriter`.
 
     Raises:
         DataError: frames are not uint8 `(T, H, W, 3)` with even sides, or fps is not positive.
     """
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
-        raise DataError(f"a video is uint8 frames (T, H, W, 3), not {frames.dtype} {tuple(frames.shape)}.")
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2 or fps <= 0:
-        raise DataError(f"cannot write {height}x{width} frames at {fps} a second: H.264 needs even sides and a positive rate.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with av.open(str(aside), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        # One thread: the bytes do not depend on the machine, and small videos gain nothing from more.
-        # No mbtree: on small frames it reads what it has not written, and equal frames give different bytes now and then.
-        stream.options = {"crf": _CRF, "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    os.replace(aside, path)
+    with VideoWriter(path, fps) as writer:
+        writer.write(frames)
 
 
 def read_video(path: str | Path) -> Frames:
@@ -69,6 +123,34 @@ def read_video(path: str | Path) -> Frames:
         raise DataError(f"{path} cannot be read as a video: {error}") from None
     if not frames:
         raise DataError(f"{path} has no video frames.")
+    return np.stack(frames)
+
+
+def spread_frames(path: str | Path, num_frames: int) -> Frames:
+    """`num_frames` evenly spaced frames from the first to the last of a file, or all where it has fewer; no others are held.
+
+    Those that are higher than a sheet shows them come as small as it does: a sheet of many videos holds them all at once.
+
+    Raises:
+        DataError: the file is missing, damaged, or has no video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            counted = sum(1 for packet in container.demux(video=0) if packet.size)
+        wanted = set(_spread(counted, num_frames))
+        with av.open(str(path)) as container:
+            decoded = enumerate(container.decode(video=0))
+            frames = [
+                _shrunk(np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8))
+                for index, frame in decoded
+                if index in wanted
+            ]
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise DataError(f"{path} cannot be read as a video: {error}") from None
+    if not frames or len(frames) != len(wanted):
+        raise DataError(
+            f"{path} has {counted} frames by its index, but {len(frames)} of {len(wanted)} were decoded: write it anew."
+        )
     return np.stack(frames)
 
 
@@ -140,19 +222,29 @@ def _sheet(rows: Sequence[Sequence[Frames]], captions: Sequence[str], path: Path
 
 def _strip(video: Frames, num_frames: int) -> Frames:
     # num_frames frames from first to last, side by side with a thin gap: (H', W', 3).
-    indices = np.linspace(0, len(video) - 1, min(num_frames, len(video))).round().astype(int)
-    frames = [_resize(video[index]) for index in indices]
+    frames = [_resize(video[index]) for index in _spread(len(video), num_frames)]
     gap = np.full((frames[0].shape[0], 2, 3), _PAPER, dtype=np.uint8)
     parts = [part for frame in frames for part in (frame, gap)][:-1]
     strip = np.concatenate(parts, axis=1)
     return np.concatenate([strip, np.full((2, strip.shape[1], 3), _PAPER, dtype=np.uint8)])
 
 
+def _spread(length: int, count: int) -> list[int]:
+    """`count` numbers from 0 to `length - 1`, evenly spaced; all of them where there are fewer."""
+    return [int(index) for index in np.linspace(0, length - 1, min(count, length)).round()]
+
+
 def _resize(frame: Frames) -> Frames:
-    height, width = frame.shape[:2]
+    height = frame.shape[0]
     if height < _TILE:  # whole multiples, so that pixels stay pixels
         factor = -(-_TILE // height)
         return frame.repeat(factor, axis=0).repeat(factor, axis=1)
+    return _shrunk(frame)
+
+
+def _shrunk(frame: Frames) -> Frames:
+    """`frame`, at most `2 * _TILE` high."""
+    height, width = frame.shape[:2]
     if height <= 2 * _TILE:
         return frame
     size = (max(1, round(width * 2 * _TILE / height)), 2 * _TILE)

@@ -179,6 +179,36 @@ def test_short_options_of_sample_are_overrides(folder: Path, monkeypatch: pytest
     assert (config.num_frames, config.fps, config.seed, config.fit) == (9, 12, 3, "crop")
 
 
+def test_a_storyboard_on_a_run_is_made_in_windows_of_its_clips(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where neither the command nor the length says otherwise; `--prompts` and `--guide` set the file and the run."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr("videofm.cli._stage", lambda arguments: seen.append(arguments.overrides) or 0)  # type: ignore[func-returns-value]
+    data = {"manifest": "none", "num_frames": 9, "height": 32, "width": 48, "frame_strides": [2]}
+    (folder / "dit").mkdir()
+    (folder / "dit" / "config.yaml").write_text(json.dumps({"kind": "train", "data": data}))
+    (folder / "dit" / "lineage.json").write_text(json.dumps({"fingerprint": "x"}))
+    told = ["sample", "dit", "--prompts", "board.yaml", "--guide", "ar", "fps=25"]
+    long, short = ["--frames", "65"], ["--frames", "9"]
+    others = (["num_frames=65"], ["num_frames=65", "num_frames=9"], ["num_frames=65", *short], ["num_frames=many"])
+    for more in (long, short, [*long, "window.num_frames=5"], [], *others):
+        assert main([*told, *more]) == 0
+    assert "made in windows of 9 frames, as the clips of the training, that share 1" in capsys.readouterr().err
+    window = 'window={"num_frames": 9, "overlap_frames": 1}'
+    assert [window in overrides for overrides in seen] == [True, False, False, False, True, False, False, False]
+    config, _ = _stage_config(Namespace(verb="sample", config="dit", overrides=seen[0]))
+    assert (config.prompts_file, config.guide.run, config.num_frames) == ("board.yaml", "ar", 65)
+    assert (config.window.num_frames, config.window.overlap_frames) == (9, 1)
+
+
+def test_a_misspelt_option_is_told_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "dit", "--promts", "board.yaml"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --promts board.yaml, did you mean '--prompts'?" in capsys.readouterr().err
+
+
 def test_an_export_lies_in_the_run_by_default(folder: Path) -> None:
     (folder / "dit").mkdir()
     config, _ = _stage_config(Namespace(verb="export", config="dit", overrides=[]))

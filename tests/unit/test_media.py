@@ -94,3 +94,70 @@ def test_equal_frames_give_equal_bytes(tmp_path: Path) -> None:
         media.write_video(tmp_path / "video.mp4", frames, 25)
         written.add((tmp_path / "video.mp4").read_bytes())
     assert len(written) == 1
+
+
+def test_a_video_written_in_pieces_is_the_one_written_at_once(tmp_path: Path) -> None:
+    """To the byte, whatever the pieces; until the context ends nobody sees a file of that name."""
+    frames = smooth(num_frames=11)
+    media.write_video(tmp_path / "whole.mp4", frames, 25)
+    with media.VideoWriter(tmp_path / "pieces.mp4", 25) as writer:
+        for piece in (frames[:1], frames[1:7], frames[7:]):
+            writer.write(piece)
+            assert not (tmp_path / "pieces.mp4").exists()
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "a.mp4", smooth(), 25)
+    before = (tmp_path / "a.mp4").read_bytes()
+
+    def write(*pieces: np.ndarray) -> None:
+        with media.VideoWriter(tmp_path / "a.mp4", 25) as writer:
+            for piece in pieces:
+                writer.write(piece)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(smooth(seed=1))
+    with pytest.raises(DataError, match="frames of 16x48 cannot follow frames of 32x48: a video has one size"):
+        write(smooth(), smooth(height=16))
+    with pytest.raises(DataError, match="no frame was written to .*b.mp4"), media.VideoWriter(tmp_path / "b.mp4", 25):
+        pass
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.mp4", before)]
+
+
+def test_frames_spread_over_a_file_are_those_of_all(tmp_path: Path) -> None:
+    """Of 11 frames five are 0, 2.5 -> 2, 5, 7.5 -> 8 and 10 (halves to even); of 3 frames all."""
+    media.write_video(tmp_path / "a.mp4", smooth(num_frames=11), 25)
+    assert np.array_equal(media.spread_frames(tmp_path / "a.mp4", 5), media.read_video(tmp_path / "a.mp4")[[0, 2, 5, 8, 10]])
+    media.write_video(tmp_path / "b.mp4", smooth(num_frames=3), 25)
+    assert np.array_equal(media.spread_frames(tmp_path / "b.mp4", 5), media.read_video(tmp_path / "b.mp4"))
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(DataError, match="text.mp4 cannot be read as a video"):
+        media.spread_frames(tmp_path / "text.mp4", 5)
+
+
+def test_spread_frames_are_no_larger_than_a_sheet_shows_them(tmp_path: Path) -> None:
+    """400 x 600 pixels become 192 x 288, and the sheet of them is that of the whole frames."""
+    media.write_video(tmp_path / "a.mp4", smooth(num_frames=5, height=400, width=600), 25)
+    found = media.spread_frames(tmp_path / "a.mp4", 3)
+    assert found.shape == (3, 192, 288, 3)
+    whole = media.read_video(tmp_path / "a.mp4")[[0, 2, 4]]
+    for name, frames in (("found", found), ("whole", whole)):
+        media.contact_sheet([frames], ["a"], tmp_path / f"{name}.png", 3)
+    assert (tmp_path / "found.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Of the same file, whatever its name; that of others stays."""
+    for name in (".a[0].mp4.tmp-1", ".a[0].mp4.tmp-22", ".a0.mp4.tmp-1", ".b.mp4.tmp-1"):
+        (tmp_path / name).write_bytes(b"half")
+    media.write_video(tmp_path / "a[0].mp4", smooth(), 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a0.mp4.tmp-1", ".b.mp4.tmp-1", "a[0].mp4"]
+
+
+def test_a_file_that_ends_before_its_index_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media.write_video(tmp_path / "a.mp4", smooth(num_frames=4), 25)
+    monkeypatch.setattr(media, "_spread", lambda length, count: [0, length + 3])
+    with pytest.raises(DataError, match="a.mp4 has 4 frames by its index, but 1 of 2 were decoded"):
+        media.spread_frames(tmp_path / "a.mp4", 2)

@@ -102,8 +102,31 @@ class Guidance:
 _OFF = Guidance(scale=1.0)
 
 
+@dataclass(frozen=True)
+class TokenFeatures:
+    """What an injection reads: features `(B, L, C)` of the tokens, and `kept` `(B, L)` bool, False where the model's null
+    feature stands. `in_negative` says whether the evaluation of the negative prompt has them too: then guidance strengthens
+    the text alone, else the features with it.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    in_negative: bool = False
+
+    def arguments(self, with_negative: bool, with_disturbed: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a DiT is called with besides, for the evaluations of a step in the order of `guided_velocity`."""
+        negative = [self.kept if self.in_negative else torch.zeros_like(self.kept)] * with_negative
+        kept = torch.cat([*negative, *[self.kept] * (1 + with_disturbed)])
+        return {"features": self.tokens.to(dtype).repeat(1 + with_negative + with_disturbed, 1, 1), "features_kept": kept}
+
+
 def guided_velocity(
-    dit: nn.Module, positive: Conditioning, negative: Conditioning, coordinates: Tensor, guidance: Guidance
+    dit: nn.Module,
+    positive: Conditioning,
+    negative: Conditioning,
+    coordinates: Tensor,
+    guidance: Guidance,
+    features: TokenFeatures | None = None,
 ) -> VelocityFn:
     """The guided velocity as a function of (noisy, sigma): all evaluations of a step in one batch.
 
@@ -113,11 +136,16 @@ def guided_velocity(
         negative: text to move away from, B of them; not read where the scale is 1.
         coordinates: `(B, 3, L)`, from `dit.coordinates`.
         guidance: what to do. Its noise level is the highest of the tokens: given tokens have lower ones of their own.
+        features: of the tokens, for a model with an injection.
     """
 
     @cache
     def texts(with_negative: bool, with_disturbed: bool) -> Conditioning:
         return joined([negative] * with_negative + [positive] + [positive] * with_disturbed)
+
+    @cache
+    def guiding(with_negative: bool, with_disturbed: bool) -> dict[str, Tensor]:
+        return {} if features is None else features.arguments(with_negative, with_disturbed, positive.embeddings.dtype)
 
     def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
         here = guidance if guidance.constant else guidance.at(float(sigma.max()))
@@ -131,6 +159,7 @@ def guided_velocity(
                 sigma.repeat(copies, *[1] * (sigma.ndim - 1)),
                 text,
                 coordinates.repeat(copies, 1, 1),
+                **guiding(with_negative, with_disturbed),
             ).float()
         parts = list(predicted.split(rows))
         without = parts.pop(0) if with_negative else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from videofm.errors import CheckpointError, ConfigError, DataError
+from videofm.errors import CheckpointError, ConfigError
 from videofm.ops.patchify import latents_from_tokens
 from videofm.progress import LOG
 from videofm.registry import resolve
@@ -20,7 +21,6 @@ from videofm.run_dir import read_json
 from videofm.sampling.conditioning import (
     AnyCondition,
     Condition,
-    FrameGrid,
     PixelCondition,
     Start,
     content,
@@ -28,18 +28,21 @@ from videofm.sampling.conditioning import (
     located,
     noise_on_given,
     place,
-    rows,
 )
+from videofm.sampling.features import Guide, begun, check_guide, check_heads, head_of, injects, lifted, on_tokens
+from videofm.sampling.frames import FrameRule
 from videofm.sampling.guidance import Guidance, guided_velocity
 from videofm.sampling.noise import derived_seed, initial_noise, named_noise, video_seed
+from videofm.sampling.request import MadeWindow, Reached, Request
 from videofm.sampling.schedule import Schedule, SigmaSchedule
 from videofm.sampling.settings import SamplingSettings
 from videofm.sampling.solvers import SOLVERS, capped
 from videofm.sampling.source import models_folder, trained_with_causal_fix
-from videofm.sampling.windows import in_window, spans
+from videofm.sampling.storyboard import Prompt, check_storyboards, prompt_at, texts_of
+from videofm.sampling.windows import faded, in_window, new_frames, spans
 from videofm.types import Conditioning
 
-__all__ = ["Pipeline", "evaluating", "models_folder"]
+__all__ = ["MadeWindow", "Pipeline", "evaluating", "models_folder"]
 
 _COMPONENTS = {"dit": "transformer", "vae": "vae", "text_encoder": "text_encoder"}
 """Roles of a training run, and what diffusers calls them in an exported folder."""
@@ -48,8 +51,9 @@ _DEFAULT_SCALE = 3.0
 
 @dataclass
 class Pipeline:
-    """What it takes to make videos: `dit`, `vae` and `text_encoder` on one device, the schedule of noise levels, and whether
-    the `dit` was trained with `objective.causal_fix`.
+    """What it takes to make videos: `dit`, `vae` and `text_encoder` on one device, the schedule of noise levels, whether the
+    `dit` was trained with `objective.causal_fix`, and, for one with an injection, who makes its features (None: its null
+    feature stands everywhere).
     """
 
     dit: nn.Module
@@ -57,6 +61,7 @@ class Pipeline:
     text_encoder: nn.Module
     schedule: SigmaSchedule = field(default_factory=Schedule)
     causal_fix: bool = False
+    guide: Guide | None = None
 
     @classmethod
     def load(
@@ -66,6 +71,7 @@ class Pipeline:
         device: str | torch.device | None = None,
         schedule: SigmaSchedule | None = None,
         dtype: torch.dtype = torch.float32,
+        guide: Guide | None = None,
     ) -> Pipeline:
         """The pipeline of a DiT's training run, of a checkpoint of it, or of an exported folder.
 
@@ -75,6 +81,7 @@ class Pipeline:
             device: where the models go; None takes CUDA where there is one.
             schedule: noise levels; None takes those of the folder's scheduler, and LTX-Video's where it has none.
             dtype: of the weights; the state between steps is float32 with any.
+            guide: as it is.
 
         Raises:
             CheckpointError: `path` is missing, or holds no DiT, VAE and text encoder.
@@ -92,15 +99,15 @@ class Pipeline:
         scheduler = path / "scheduler" / "scheduler_config.json"
         if schedule is None and scheduler.exists():
             schedule = Schedule.from_public(read_json(scheduler))
-        return cls(**models, schedule=schedule or Schedule(), causal_fix=causal_fix)
+        return cls(**models, schedule=schedule or Schedule(), causal_fix=causal_fix, guide=guide)
 
-    def generate(self, prompts: Sequence[str], **settings: Any) -> Tensor:
+    def generate(self, prompts: Sequence[Prompt], **settings: Any) -> Tensor:
         """One video for each prompt, `(B, 3, T, H, W)` float32 in [-1, 1] on the CPU; takes what `stream` takes."""
         return torch.cat(list(self.stream(prompts, **settings)))
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         conditions: Sequence[AnyCondition] = (),
         guidance_scale: float | None = None,
@@ -113,7 +120,8 @@ class Pipeline:
         """Batches of videos in the order of `prompts`, each `(<= batch_size, 3, T, H, W)` float32 in [-1, 1] on the CPU.
 
         Args:
-            prompts: one video each; video i starts from noise drawn with (seed, first_index + i), whatever the batch size.
+            prompts: one video each, a text or a storyboard; video i starts from noise drawn with (seed, first_index + i),
+                whatever the batch size.
             conditions: parts of the videos that are given.
             guidance_scale: short for `guidance=Guidance(scale)`.
             batch_size: videos made together.
@@ -125,92 +133,132 @@ class Pipeline:
         Raises:
             ConfigError: no prompts, a size that the VAE cannot make, or something given that does not fit.
         """
-        if not prompts or batch_size < 1:
-            raise ConfigError(f"nothing to sample: {len(prompts)} prompts, batches of {batch_size}; give at least one of each.")
-        wanted = settings or _settings(guidance_scale, fields)
-        placed = [located(condition, self._num_given(condition), wanted.num_frames, len(prompts)) for condition in conditions]
-        self._check(wanted, placed)
-        self._warn_of_cuts(prompts, wanted.prompt_suffix)
+        if batch_size < 1:
+            raise ConfigError(f"batches of {batch_size}: give a batch_size of at least 1.")
+        request = self._request(prompts, conditions, settings or _settings(guidance_scale, fields))
         for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            texts = [prompt + wanted.prompt_suffix for prompt in prompts[part]]
-            seeds = [video_seed(wanted.seed, first_index + start + offset) for offset in range(len(texts))]
-            with evaluating(self.dit, self.vae, self.text_encoder):
-                videos = self._sample(texts, seeds, [rows(condition, part) for condition in placed], wanted, on_step)
-            yield videos
+            windows = self._made(request.rows(slice(start, start + batch_size)), first_index + start, on_step)
+            yield torch.cat([window.video for window in windows], dim=2)
 
-    def num_cut_prompts(self, prompts: Sequence[str], suffix: str = "") -> int:
-        """How many of `prompts`, with `suffix` behind them, have more tokens than a text encoder takes."""
-        cuts = self.text_encoder.cuts([prompt + suffix for prompt in prompts])
+    def stream_windows(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        conditions: Sequence[AnyCondition] = (),
+        guidance_scale: float | None = None,
+        first_index: int = 0,
+        on_step: Callable[[], None] | None = None,
+        settings: SamplingSettings | None = None,
+        **fields: Any,
+    ) -> Iterator[MadeWindow]:
+        """One batch of videos, all `prompts` together, window after window: what is new in each, as soon as it is made.
+
+        From window to window the last frames are kept, `window.overlap_frames` of them, and nothing of what was yielded: memory
+        does not grow with the length of the videos. Arguments and errors as in `stream`, whose videos these are.
+        """
+        request = self._request(prompts, conditions, settings or _settings(guidance_scale, fields))
+        yield from self._made(request, first_index, on_step)
+
+    def num_cut_prompts(self, prompts: Sequence[Prompt], suffix: str = "") -> int:
+        """How many texts of `prompts`, with `suffix` behind them, have more tokens than a text encoder takes."""
+        cuts = self.text_encoder.cuts([text + suffix for prompt in prompts for text in texts_of(prompt)])
         return sum(any(prompt) for prompt in zip(*cuts.values(), strict=True))
 
-    def _warn_of_cuts(self, prompts: Sequence[str], suffix: str) -> None:
-        for name, found in self.text_encoder.cuts([prompt + suffix for prompt in prompts]).items():
-            if any(found):
-                encoder = "text encoder" if name == "text" else f"{name} text encoder"
-                message = "%d of %d prompts are longer than the %s takes; their ends are cut"
-                LOG.warning(message, sum(found), len(prompts), encoder)
+    def _warn_of_cuts(self, prompts: Sequence[Prompt], suffix: str) -> None:
+        texts = [text + suffix for prompt in prompts for text in texts_of(prompt)]
+        cuts = {"": self.text_encoder.cuts(texts)} | ({} if self.guide is None else {" of the guide": self.guide.cuts(texts)})
+        for owner, found_by in cuts.items():
+            for name, found in found_by.items():
+                if any(found):
+                    encoder = ("text encoder" if name == "text" else f"{name} text encoder") + owner
+                    message = "%d of %d prompts are longer than the %s takes; their ends are cut"
+                    LOG.warning(message, sum(found), len(texts), encoder)
+
+    def _made(self, request: Request, first_index: int, on_step: Callable[[], None] | None) -> Iterator[MadeWindow]:
+        """The windows of one batch of videos."""
+        seeds = [video_seed(request.settings.seed, first_index + row) for row in range(len(request.prompts))]
+        reached = Reached()
+        for number in range(len(request.windows)):
+            own = [derived_seed(seed, f"window:{number}") for seed in seeds] if number else seeds
+            with evaluating(self.dit, self.vae, self.text_encoder):
+                made = [self._next(request, number, reached, own, on_step)]
+            yield made.pop()  # while the caller has it, nobody else does
 
     @torch.no_grad()
-    def _sample(
-        self,
-        texts: list[str],
-        seeds: list[int],
-        conditions: list[AnyCondition],
-        settings: SamplingSettings,
-        on_step: Callable[[], None] | None,
-    ) -> Tensor:
-        """One batch of videos, window by window."""
-        positive = negative = self._encode_text(texts, settings.masked_text)
-        if settings.guidance.scale != 1:
-            negative = self._encode_text([settings.negative_prompt] * len(texts), settings.masked_text)
-        video: Tensor | None = None
-        for number, (frames, inside) in enumerate(self._windows(settings, conditions)):
-            overlap = 0
-            if video is not None:
-                overlap = video.shape[2] - frames.start
-                inside.insert(0, PixelCondition(video[:, :, -overlap:]))
-            own = [derived_seed(seed, f"window:{number}") for seed in seeds] if number else seeds
-            sized = replace(settings, num_frames=len(frames))
-            made = self._window(positive, negative, own, inside, sized, on_step)
-            video = made if video is None else torch.cat([video, made[:, :, overlap:]], dim=2)
-        assert video is not None
-        return video
+    def _next(
+        self, request: Request, number: int, reached: Reached, seeds: list[int], on_step: Callable[[], None] | None
+    ) -> MadeWindow:
+        """Window `number`, which goes on from what was `reached`; that is moved on."""
+        settings, (frames, given) = request.settings, request.windows[number]
+        overlap = 0 if reached.tail is None else reached.tail.shape[2]
+        new = range(frames.start + overlap, frames.stop)
+        prompts = tuple(prompt_at(prompt, new.start) for prompt in request.prompts)
+        self._read(reached, [prompt + settings.prompt_suffix for prompt in prompts], settings)
+        if reached.tail is not None:
+            given = [PixelCondition(reached.tail), *given]
+        made = self._window(reached, seeds, given, replace(settings, num_frames=len(frames)), on_step)
+        video = made.video
+        if reached.tail is not None and settings.window is not None:
+            video = faded(video, reached.tail, settings.window.fade_frames)
+        if settings.window is not None:
+            seen = video if reached.tail is None else torch.cat([reached.tail, video], dim=2)
+            reached.tail = seen[:, :, -settings.window.overlap_frames :].clone()  # a view would keep all of it
+        return replace(made, frames=new, video=video, prompts=prompts)
+
+    def _read(self, reached: Reached, texts: list[str], settings: SamplingSettings) -> None:
+        """Encode `texts` if they have changed."""
+        if reached.texts != texts:
+            reached.texts, reached.positive = texts, self._encode_text(texts, settings.masked_text)
+        if reached.negative is None:
+            reached.negative = reached.positive
+            if settings.guidance.scale != 1:
+                reached.negative = self._encode_text([settings.negative_prompt] * len(texts), settings.masked_text)
 
     def _window(
         self,
-        positive: Conditioning,
-        negative: Conditioning,
+        reached: Reached,
         seeds: list[int],
         conditions: list[AnyCondition],
         settings: SamplingSettings,
         on_step: Callable[[], None] | None,
-    ) -> Tensor:
-        """Videos of the length that the model makes at once."""
-        cells = self._latent_shape(settings.num_frames, settings.height, settings.width)
+    ) -> MadeWindow:
+        """All frames of a window, of the length that the model makes at once."""
+        cells = self._rule.latent_shape(settings.num_frames, settings.height, settings.width)
         num_tokens = cells[0] * cells[1] * cells[2]
-        start = self._start(cells, seeds, conditions, settings)
-        sigmas = (settings.schedule or self.schedule).sigmas(settings.num_steps, num_tokens)
+        given = [lifted(self._encoded(condition), settings.start_sigma) for condition in conditions]
+        start = self._start(cells, seeds, given, settings)
+        found = None if self.guide is None else self.guide.features(reached.texts, seeds, cells, head_of(given, len(seeds)))
+        features = None
+        if found is not None:
+            start = begun(start, found.features, settings.start_sigma)
+            features = on_tokens(found.features, start, settings.features_in_negative) if injects(self.dit) else None
+        sigmas = (settings.schedule or self.schedule).sigmas(settings.num_steps, num_tokens) * settings.start_sigma
         levels = sigmas if start.ceilings is None else capped(sigmas, start.ceilings)
 
         def drawn(name: str, number: int) -> Tensor:
             return named_noise(seeds, f"{name}:{number}", start.tokens.shape[1:]).to(start.tokens)
 
-        velocity = guided_velocity(self.dit, positive, negative, start.coordinates, settings.guidance)
+        assert reached.positive is not None and reached.negative is not None
+        velocity = guided_velocity(self.dit, reached.positive, reached.negative, start.coordinates, settings.guidance, features)
         prepare = noise_on_given(start, sigmas, settings.condition_noise_scale, partial(drawn, "condition_noise"))
-        solve = SOLVERS[settings.solver](partial(drawn, "step"))
+        solve, before = SOLVERS[settings.solver](partial(drawn, "step")), time.perf_counter()
         tokens = solve(velocity, start.tokens, levels, on_step, prepare)[:, :num_tokens]
-        return self.decode(latents_from_tokens(tokens, cells), seeds, settings.decode_sigma, settings.noise_scale)
+        if tokens.is_cuda:
+            torch.cuda.synchronize(tokens.device)
+        seconds = time.perf_counter() - before
+        video = self.decode(latents_from_tokens(tokens, cells), seeds, settings.decode_sigma, settings.noise_scale)
+        made = MadeWindow(range(settings.num_frames), video, tuple(reached.texts), seconds)
+        return made if found is None else replace(made, ar_seconds=found.seconds, indices=found.indices)
 
     def _start(
         self,
         cells: tuple[int, int, int],
         seeds: list[int],
-        conditions: list[AnyCondition],
+        conditions: list[Condition],
         settings: SamplingSettings,
     ) -> Start:
         """Noise of `cells` (T, H, W) for the videos of `seeds`, and in it what is given."""
-        device, grid = next(self.dit.parameters()).device, self._grid()
+        device, grid = next(self.dit.parameters()).device, self._rule.grid
         fps = torch.full((len(seeds),), settings.fps, device=device)
         causal_fix = self.causal_fix if settings.causal_fix is None else settings.causal_fix
 
@@ -219,7 +267,7 @@ class Pipeline:
             return coordinates_at(self.dit, shape, fps, self.vae.compression, causal_fix, grid.position(frame))
 
         noise = initial_noise(seeds, (self.vae.latent_channels, *cells)).to(device)
-        return place(noise, [self._encoded(condition) for condition in conditions], coordinates_of, grid, seeds)
+        return place(noise, conditions, coordinates_of, grid, seeds)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, seeds: Sequence[int], sigma: float = 0.0, noise_scale: float = 0.0) -> Tensor:
@@ -270,27 +318,37 @@ class Pipeline:
         length = content(condition).shape[2]
         return self.vae.pixel_frames(length) if isinstance(condition, Condition) else length
 
-    def _windows(
-        self, settings: SamplingSettings, conditions: Sequence[AnyCondition]
-    ) -> list[tuple[range, list[AnyCondition]]]:
-        """The frames of each window, and what is given in it."""
-        given = [(condition, self._num_given(condition)) for condition in conditions]
-        overlap = settings.window.overlap_frames if settings.window else 0
-        windows = spans(settings.num_frames, settings.window)
-        return [(frames, in_window(given, frames, overlap if frames.start else 0)) for frames in windows]
-
-    def _check(self, settings: SamplingSettings, conditions: Sequence[AnyCondition]) -> None:
-        """Refuse what cannot be made, before anything is made."""
+    def _request(self, prompts: Sequence[Prompt], conditions: Sequence[AnyCondition], settings: SamplingSettings) -> Request:
+        """What is asked for, in windows; what cannot be made is refused before anything is made."""
+        if not prompts:
+            raise ConfigError("nothing to sample: 0 prompts; give at least one.")
+        num_frames, window = settings.num_frames, settings.window
+        placed = [located(condition, self._num_given(condition), num_frames, len(prompts)) for condition in conditions]
         if settings.masked_text is not None and not hasattr(self.text_encoder.config, "masked"):
             raise ConfigError(
                 f"masked_text is {settings.masked_text}, but {self.text_encoder.spec_name} hides its padding in the one way "
                 "that its transformer was trained with: leave it out."
             )
         self._check_decoder(settings.decode_sigma, settings.noise_scale)
-        for frames, _ in self._windows(settings, conditions):
-            self._latent_shape(len(frames), settings.height, settings.width)
-        if settings.window is not None:
-            self._latent_shape(settings.window.overlap_frames, settings.height, settings.width)
+        self._rule.check_windows(num_frames, settings.height, settings.width, window)
+        frames = spans(num_frames, window)
+        given = [(condition, self._num_given(condition)) for condition in placed]
+        windows = [
+            (part, in_window(given, part, new.start - part.start)) for part, new in zip(frames, new_frames(frames), strict=True)
+        ]
+        check_storyboards(prompts, num_frames, new_frames(frames))
+        self._check_guide(settings, windows)
+        self._warn_of_cuts(prompts, settings.prompt_suffix)
+        return Request(prompts, windows, settings)
+
+    def _check_guide(self, settings: SamplingSettings, windows: Sequence[tuple[range, list[AnyCondition]]]) -> None:
+        check_guide(self.guide, self.dit, settings.start_sigma, settings.features_in_negative)
+        if self.guide is not None:
+            self.guide.check_latents(self.vae.latent_channels)
+            shared = settings.window.overlap_frames if settings.window else 0
+            heads = [max((self._num_given(condition) for condition in windows[0][1] if condition.frame == 0), default=0)]
+            heads += [shared] * (len(windows) - 1)
+            check_heads(self.guide, self._rule, [(part, head) for (part, _), head in zip(windows, heads, strict=True)])
 
     def _check_decoder(self, sigma: float, noise_scale: float) -> None:
         if not self.vae.timestep_conditioning and (sigma or noise_scale):
@@ -299,28 +357,9 @@ class Pipeline:
                 "level: leave both at 0."
             )
 
-    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        c = self.vae.compression
-        if num_frames < 1 or not self._whole(num_frames) or height < 1 or height % c.height or width < 1 or width % c.width:
-            raise ConfigError(
-                f"cannot make {num_frames} frames of {height}x{width} pixels: this VAE makes {self._frame_rule()} frames, "
-                f"with a height in multiples of {c.height} and a width in multiples of {c.width}."
-            )
-        return self.vae.latent_frames(num_frames), height // c.height, width // c.width
-
-    def _whole(self, num_frames: int) -> bool:
-        try:
-            return self.vae.pixel_frames(self.vae.latent_frames(num_frames)) == num_frames
-        except DataError:  # of a VAE that takes whole chunks
-            return False
-
-    def _frame_rule(self) -> str:
-        chunk = self._grid().chunk
-        return f"1 + {self.vae.chunk_frames} * n" if chunk is None else f"1 or {chunk} * n"
-
-    def _grid(self) -> FrameGrid:
-        chunk = self.vae.chunk_frames
-        return FrameGrid(self.vae.compression.time, None if self._whole(1 + chunk) else chunk)
+    @property
+    def _rule(self) -> FrameRule:
+        return FrameRule(self.vae)
 
 
 def _settings(guidance_scale: float | None, fields: dict[str, Any]) -> SamplingSettings:

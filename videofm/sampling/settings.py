@@ -34,6 +34,8 @@ class SamplingSettings:
             the pipeline's models were trained with.
         condition_noise_scale: noise on what is given at strength 1, see `conditioning.noise_on_given`; 0 is off.
         masked_text: hide padding from the text encoder, as `LTXConditionPipeline` does; None does as in training.
+        start_sigma: with a guide, the noise level at which a window starts from its features (`features.begun`); 1 is noise.
+        features_in_negative: with a guide, see `guidance.TokenFeatures`.
     """
 
     num_frames: int
@@ -53,6 +55,8 @@ class SamplingSettings:
     causal_fix: bool | None = None
     condition_noise_scale: float = 0.0
     masked_text: bool | None = None
+    start_sigma: float = 1.0
+    features_in_negative: bool = False
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -79,10 +83,12 @@ class SamplingSettings:
             guidance=Guidance.from_config(config.guidance_scale, config.guidance),
             negative_prompt=config.negative_prompt,
             prompt_suffix=config.prompt_suffix,
-            window=None if window is None else Window(window.num_frames, window.overlap_frames),
+            window=None if window is None else Window(window.num_frames, window.overlap_frames, window.fade_frames),
             decode_sigma=config.decode_sigma,
             decode_noise_scale=config.decode_noise_scale,
             causal_fix=config.causal_fix,
             condition_noise_scale=config.condition_noise_scale,
             masked_text=config.masked_text,
+            start_sigma=1.0 if config.guide is None else config.guide.start_sigma,
+            features_in_negative=config.guide is not None and config.guide.features_in_negative,
         )

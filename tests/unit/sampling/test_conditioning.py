@@ -103,7 +103,7 @@ def test_keyframes_of_step_video() -> None:
     seen: list[Any] = []
     pipeline.dit.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     latents: list[Tensor] = []
-    pipeline.decode = lambda found, *rest: latents.append(found) or torch.zeros(1)  # type: ignore[method-assign, assignment, func-returns-value]
+    pipeline.decode = lambda found, *rest: latents.append(found) or torch.zeros(1, 3, 34, 32, 32)  # type: ignore[method-assign, assignment, func-returns-value]
     given = [PixelCondition(video[:, :, 17:18], 17), PixelCondition(video[:, :, 20:21], 20)]
     settings = {"num_frames": 34, "height": 32, "width": 32, "fps": 25.0, "num_steps": 2, "guidance_scale": 1.0}
     pipeline.generate(["a cat"], conditions=given, **settings)  # type: ignore[arg-type]

@@ -1,15 +1,22 @@
-"""Long videos: how windows lie, that one window is plain sampling, and that each goes on from the one before."""
+"""Long videos: how windows lie, that one window is plain sampling, that each goes on from the one before, and that neither
+memory nor what is kept grows with the length."""
 
 from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.unit.sampling import tiny
+from videofm import models
 from videofm.errors import ConfigError
-from videofm.sampling import Pipeline, PixelCondition, Window
-from videofm.sampling.windows import in_window, spans
+from videofm.sampling import Pipeline, PixelCondition, Segment, Storyboard, Window
+from videofm.sampling.frames import FrameRule
+from videofm.sampling.windows import faded, in_window, new_frames, spans
 
 SETTINGS = {"height": 16, "width": 16, "fps": 25.0, "num_steps": 2}
 PROMPTS = ["a red circle", "b"]
@@ -28,6 +35,45 @@ def test_windows_cover_every_frame_and_share_what_they_should() -> None:
     assert spans(5, Window(13, 5)) == [range(5)]
     with pytest.raises(ConfigError, match="windows of 13 frames that share 13 do not go on: share at least 1 frame"):
         spans(29, Window(13, 13))
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [
+        ("vae/ltx", [(13, 5), (9, 1), (25, 17), (17, 13)]),
+        ("vae/step_video", [(34, 17), (51, 17), (51, 34)]),
+    ],
+)
+def test_the_loop_maths(name: str, windows: list[tuple[int, int]]) -> None:
+    """ARLON, spec F-B 8: loops of F that share k make `loops * (F - k) + k` frames, in pixels and in latents, whether a VAE
+    begins once (1 + 4 n frames) or with each chunk (17 n)."""
+    vae = models.build(name, "tiny", device="meta")
+    rule = FrameRule(vae)
+    for length, shared in windows:
+        latents, shared_latents = (vae.latent_frames(frames) for frames in (length, shared))  # type: ignore[operator]
+        for loops in range(1, 9):
+            total = loops * (length - shared) + shared
+            parts = spans(total, Window(length, shared))
+            assert [len(part) for part in parts] == [length] * loops
+            assert [frame for new in new_frames(parts) for frame in new] == list(range(total))
+            assert vae.latent_frames(total) == loops * (latents - shared_latents) + shared_latents  # type: ignore[operator]
+            rule.check_windows(total, 32, 32, Window(length, shared))
+
+
+@pytest.mark.parametrize(("name", "window", "asked", "near"), [
+    ("vae/ltx", Window(13, 5), 26, "25 or 29"),
+    ("vae/ltx", Window(13, 1), 27, "25 or 29"),
+    ("vae/ltx", Window(13, 5), 14, "13 or 17"),
+    ("vae/step_video", Window(34, 17), 60, "51 or 68"),
+])  # fmt: skip
+def test_a_last_window_that_is_no_length_is_refused_with_the_nearest(name: str, window: Window, asked: int, near: str) -> None:
+    rule = FrameRule(models.build(name, "tiny", device="meta"))
+    with pytest.raises(
+        ConfigError, match=rf"{asked} frames in windows of .* the last window, .*: make a video of {near} frames"
+    ):
+        rule.check_windows(asked, 32, 32, window)
+    for length in near.split(" or "):
+        rule.check_windows(int(length), 32, 32, window)
 
 
 def test_what_is_given_is_used_in_one_window() -> None:
@@ -92,3 +138,90 @@ def test_sizes_of_windows_follow_the_vae(pipeline: Pipeline) -> None:
     for window in (Window(12, 5), Window(13, 4)):
         with pytest.raises(ConfigError, match=r"cannot make (12|4) frames of 16x16 pixels: this VAE makes 1 \+ 4 \* n frames"):
             pipeline.generate(PROMPTS, num_frames=21, window=window, **SETTINGS)
+
+
+LONG: dict[str, Any] = {"window": Window(13, 5), **SETTINGS}
+
+
+def test_windows_are_the_video_in_pieces(pipeline: Pipeline) -> None:
+    """To the bit, with a shorter last window and videos that do not begin at index 0."""
+    whole = pipeline.generate(PROMPTS, num_frames=25, first_index=3, **LONG)
+    pieces = list(pipeline.stream_windows(PROMPTS, num_frames=25, first_index=3, **LONG))
+    assert [piece.frames for piece in pieces] == [range(13), range(13, 21), range(21, 25)]
+    assert [piece.video.shape[2] for piece in pieces] == [13, 8, 4]
+    assert torch.cat([piece.video for piece in pieces], dim=2).equal(whole)
+    assert all(piece.dit_seconds > 0 and piece.ar_seconds == 0 and piece.prompts == tuple(PROMPTS) for piece in pieces)
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors()}
+    return sum(storages.values())
+
+
+def _tensors() -> list[Tensor]:
+    return [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
+
+
+def test_memory_does_not_grow_with_the_length(pipeline: Pipeline) -> None:
+    """After each window the generator keeps the frames that windows share, and no window that it gave away."""
+    windows = pipeline.stream_windows(PROMPTS, num_frames=13 + 6 * 8, **LONG)
+    gone: list[Any] = []
+    bytes_held = {}
+    for made in windows:
+        gone.append(weakref.ref(made.video))
+        if len(gone) in (2, 7):  # the first is longer than those behind it, which are alike
+            bytes_held[len(gone)] = held()
+        del made
+        assert gone[-1]() is None, "the generator keeps a window that it gave away"
+    assert len(gone) == 7 and bytes_held[2] == bytes_held[7]
+    window, shared = (2 * 3 * frames * 16 * 16 * 4 for frames in (13, 5))
+    windows = pipeline.stream_windows(PROMPTS, num_frames=61, **LONG)
+    base = held()
+    next(windows)
+    kept = held() - base
+    assert shared <= kept < window, f"{kept} bytes are kept between windows, of which {shared} are the shared frames"
+
+
+def test_a_prompt_changes_on_the_way(pipeline: Pipeline) -> None:
+    """Up to the change the video is that of the first prompt; texts are encoded when they change, and once for the negative."""
+    one, two = "a red circle moving left", "a red circle moving right"
+    told = Storyboard((Segment(0, 21, one), Segment(21, 37, two)))
+    encoded: list[list[str]] = []
+    encode = pipeline.text_encoder.encode
+    pipeline.text_encoder.encode = lambda texts, **how: encoded.append(texts) or encode(texts, **how)  # type: ignore[assignment, operator, func-returns-value]
+    try:
+        found = pipeline.generate([told, "b"], num_frames=37, **LONG)
+    finally:
+        del pipeline.text_encoder.encode  # the method of the class again
+    assert encoded == [[one, "b"], ["", ""], [two, "b"]]
+    plain = pipeline.generate([one, "b"], num_frames=37, **LONG)
+    torch.testing.assert_close(found[:, :, :21], plain[:, :, :21], atol=1e-5, rtol=0)
+    assert (found[0, :, 21:] - plain[0, :, 21:]).abs().max() > 1e-3
+    torch.testing.assert_close(found[1], plain[1], atol=1e-5, rtol=0)
+    pieces = list(pipeline.stream_windows([told, "b"], num_frames=37, **LONG))
+    assert [piece.prompts for piece in pieces] == [(one, "b"), (one, "b"), (two, "b"), (two, "b")]
+
+
+def test_prompts_of_a_storyboard_are_checked_and_counted(pipeline: Pipeline) -> None:
+    told = Storyboard((Segment(0, 13, "a"), Segment(13, 21, "b" * 40)))
+    assert pipeline.num_cut_prompts([told, "c"]) == 1
+    with pytest.raises(ConfigError, match="changes the prompt of .* but the video is made at once: give windows"):
+        pipeline.generate([told], num_frames=21, **SETTINGS)
+    with pytest.raises(ConfigError, match="stops at 21, but the video has 29 frames"):
+        pipeline.generate([told], num_frames=29, **LONG)
+
+
+def test_what_shared_frames_lack_fades():
+    """Of a window whose shared frame comes back 0.3 darker, frame k of n new ones is 0.3 (1 - k / (n + 1)) brighter than it was
+    decoded: for n = 3 by 0.225, 0.15, 0.075; later frames, and all without fading, are as decoded."""
+    video = torch.linspace(-0.5, 0.5, 6).view(1, 1, 6, 1, 1).expand(1, 3, 6, 2, 2)
+    tail = video[:, :, :1] + 0.3
+    moved = faded(video, tail, 3) - video[:, :, 1:]
+    assert moved[0, 0, :, 0, 0].tolist() == pytest.approx([0.225, 0.15, 0.075, 0, 0], abs=1e-6)
+    assert torch.equal(faded(video, tail, 0), video[:, :, 1:])
+    assert faded(video, tail, 9)[0, 0, -1, 0, 0] == pytest.approx(0.5 + 0.3 * (1 - 5 / 10))
+    assert float(faded(video, torch.ones_like(tail), 9).max()) <= 1  # pixels stay in range
+    two = torch.cat([video[:, :, :1], tail], dim=2)  # of two shared frames the last one counts
+    assert faded(video, two, 1).shape[2] == 4
