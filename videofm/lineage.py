@@ -21,7 +21,7 @@ from videofm.files import sha256_of
 
 _READING = {
     *("source", "prompts_file", "manifest", "mix", "view", "path", "run", "samples", "inflate_from", "init_from", "image_vae"),
-    *("weights", "lpips_weights", "i3d_weights"),
+    *("cache", "weights", "lpips_weights", "i3d_weights"),
     *("image", "images", "video"),
 }
 """Names of the fields that hold a path to read, or a list or mapping of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from data_pipelines import engine
 from data_pipelines.encode import run as encode_stage
 from data_pipelines.encode.shard import data_config
 from tests.demo_shards import write_demo_shards
-from tests.unit.encoding import encode_config, save_encoders
+from tests.unit.encoding import encode_config, save_encoders, save_tokenizer, tokens_section
 from videofm import models
 from videofm.config.curate import EngineConfig
+from videofm.config.encode import EncodeEngineConfig
 from videofm.config.train import TrainConfig
 from videofm.errors import DataError
 from videofm.run_dir import RunDirectory
@@ -44,7 +46,8 @@ def shared(node: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     """A dataset of 12 clips in 4 shards, encoders, and a run of two actors that encoded it."""
     folder = tmp_path_factory.mktemp("encode")
     shards, encoders = write_demo_shards(folder / "shards", 12, 4, 11, 32, 2), save_encoders(folder)
-    config = encode_config(shards, encoders, split="all", engine={"num_actors": 2})
+    tokens = tokens_section(encoders, save_tokenizer(folder))
+    config = encode_config(shards, encoders, split="all", tokens=tokens, engine={"num_actors": 2})
     result = execute(config, folder / "two")
     return {"folder": folder, "shards": shards, "encoders": encoders, "config": config, "two": folder / "two", "result": result}
 
@@ -70,9 +73,9 @@ class DyingActor(encode_stage.EncodeActor):
 def test_one_actor_that_is_killed_and_replaced_writes_what_two_write(
     shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shared["result"] == {"num_shards": 4, "num_failed": 0, "num_latents": 12, "num_text": 12}
+    assert shared["result"] == {"num_shards": 4, "num_failed": 0, "num_latents": 12, "num_tokens": 12, "num_text": 12}
     monkeypatch.setattr(encode_stage, "EncodeActor", DyingActor)
-    config = encode_config(shared["shards"], shared["encoders"], split="all", engine={"num_actors": 1})
+    config = shared["config"].model_copy(update={"engine": EncodeEngineConfig(num_actors=1)})
     result = encode_stage.run(config, RunDirectory.create(tmp_path / "run", config))
     assert (tmp_path / "run" / "died").exists()
     assert result == shared["result"]
@@ -114,13 +117,42 @@ def test_training_on_a_cache_is_training(shared: dict[str, Any], tmp_path: Path)
             assert found == pytest.approx(expected, rel=2e-5)
 
 
+def test_an_ar_model_trains_on_tokens_without_a_byte_of_video_and_rolls_out(shared: dict[str, Any], tmp_path: Path) -> None:
+    """Two steps on a dataset whose tars are gone; captions that were encoded before give the same losses as live ones. The run
+    that it leaves then continues clips for `videofm encode`."""
+    blind = tmp_path / "shards"
+    blind.mkdir()
+    for name in ("manifest", "index"):
+        (blind / name).symlink_to(Path(shared["shards"]) / name)
+    tokenizer, text_encoder = shared["config"].tokens.tokenizer.path, shared["encoders"]["text_encoder"]
+    roles = {
+        "ar": {"name": "ar/transformer", "size": "tiny", "overrides": {"vocab_size": 64}},
+        "tokenizer": {"path": tokenizer},
+        "text_encoder": {"path": text_encoder},
+    }
+    found = {}
+    for mode in ("tokens", "tokens_text"):
+        cache = {"path": str(shared["two"]), "mode": mode, "spot_check_every": 1}
+        values = train_config(shared, manifest=str(blind)).model_dump(exclude_unset=True)
+        values |= {"models": roles, "objective": {"kind": "next_token", "caption_dropout": 0.3}}
+        config = TrainConfig.model_validate(values | {"data": values["data"] | {"cache": cache}})
+        found[mode] = losses(config, tmp_path / mode)
+    assert len(found["tokens"]) == 4
+    for live, cached in zip(found["tokens"], found["tokens_text"], strict=True):
+        assert cached == pytest.approx(live, rel=2e-5)
+    assert found["tokens"][0][0] == pytest.approx(math.log(64), rel=0.1)  # it knows nothing yet
+    section = {**shared["config"].tokens.model_dump(), "rollouts": {"run": str(tmp_path / "tokens"), "keep_frames": 1}}
+    config = encode_config(shared["shards"], shared["encoders"], split="all", tokens=section, latents=None, text=None)
+    assert execute(config, tmp_path / "rollouts") == {"num_shards": 4, "num_failed": 0, "num_tokens": 12}
+
+
 def test_a_stale_cache_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:
     cache = {"path": str(shared["two"])}
     torch.manual_seed(7)
     other = str(models.save(models.build("vae/ltx", size="tiny"), tmp_path / "vae"))
     config = train_config({**shared, "encoders": {**shared["encoders"], "vae": other}}, cache=cache)
     mesh, text_encoder = SimpleNamespace(data_rank=0, data_degree=1), models.load(shared["encoders"]["text_encoder"])
-    with pytest.raises(DataError, match=r"cached latents are stale: models\.vae .* weights was '\w{12}', now '\w{12}'"):
+    with pytest.raises(DataError, match=r"cached latents are stale: models\.vae .*encoder\.weights was '\w{12}', now '\w{12}'"):
         open_loader(config, mesh, {"vae": models.load(other), "text_encoder": text_encoder})
     roles = {"vae": models.load(shared["encoders"]["vae"]), "text_encoder": text_encoder}
     with pytest.raises(DataError, match=r"holds other windows than the training asks for: start was 'first', now 'centre'"):

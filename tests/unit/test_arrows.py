@@ -6,7 +6,7 @@ import ast
 
 from tests.unit.sources import ROOT, SourceFile, files, imports
 
-LAYER_0 = ("types", "errors", "files", "registry", "config", "run_dir", "progress", "media", "shapes")
+LAYER_0 = ("types", "errors", "files", "registry", "config", "run_dir", "progress", "media", "pixels", "shapes")
 LAYER_1 = ("ops", "attention")
 LAYER_2 = ("parallel",)
 LAYER_3 = ("models",)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from videofm.config import CurateConfig, SampleConfig, TrainConfig
+from videofm.config import CurateConfig, EvaluateConfig, SampleConfig, TrainConfig
 from videofm.config.data import DataConfig
 from videofm.errors import ConfigError
 from videofm.lineage import digest, outside_inputs
@@ -117,3 +117,20 @@ def test_every_cache_of_a_mix_is_an_input(tmp_path):
     assert list(before) == [f"cache.mix.a: {tmp_path / 'cache'}"]
     entry.write_text("{ }")
     assert outside_inputs(config) != before
+
+
+def test_tokens_that_an_evaluation_reads_are_an_input(tmp_path, monkeypatch):
+    """Once they are encoded anew, what was measured on them is of other clips. A section `cache` is no path itself."""
+    entry = tmp_path / "tokens/manifest/shard-00000.tokens.json"
+    entry.parent.mkdir(parents=True)
+    entry.write_text("{}")
+    metrics = [{"kind": "next_token", "run": str(tmp_path / "nowhere"), "cache": str(tmp_path / "tokens")}]
+    config = EvaluateConfig.model_validate({"kind": "evaluate", "metrics": metrics})
+    before = outside_inputs(config)
+    assert list(before) == [f"metrics.0.cache: {tmp_path / 'tokens'}"]
+    entry.write_text("{ }")
+    assert outside_inputs(config) != before
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()  # the word in `mode`, which must not be taken for this folder
+    values = {**TRAIN["data"], "start": "first", "cache": {"path": str(tmp_path / "tokens"), "mode": "full"}}
+    assert list(outside_inputs(DataConfig.model_validate(values))) == [f"cache.path: {tmp_path / 'tokens'}"]

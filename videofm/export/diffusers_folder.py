@@ -80,8 +80,9 @@ def write_model(folder: Path, model: nn.Module, dtype: Dtype, wanted_class: str 
     """Write `config.json` and the weights of `model`, in its public layout, into `folder`.
 
     Raises:
-        ConfigError: its public class is not the one that the pipeline wants there.
+        ConfigError: its public class is not the one that the pipeline wants there, or it has an injection.
     """
+    models.refuse_injection(model, "diffusers")
     adapter = models.adapter(model.spec_name)
     config = adapter.public_config(model.config)
     # diffusers names the class in `_class_name`, transformers in `architectures`.

@@ -140,7 +140,7 @@ def images_of(path: Path) -> list[Path]:
 
 
 def videos_of(path: Path) -> list[tuple[Path, str]]:
-    """The first sampled videos with their captions, as long as they are small together."""
+    """The first sampled videos, as long as they are small together, each with its caption or the prompts of its windows."""
     videos: list[tuple[Path, str]] = []
     total = 0
     for row in read_jsonl(path / "samples.jsonl"):
@@ -150,8 +150,16 @@ def videos_of(path: Path) -> list[tuple[Path, str]]:
         total += video.stat().st_size
         if len(videos) == VIDEO_LIMIT or total > VIDEO_BYTES:
             break
-        videos.append((video, str(row.get("caption", ""))))
+        videos.append((video, _told(row)))
     return videos
+
+
+def _told(row: dict[str, Any]) -> str:
+    """The caption of a row; of a video of several prompts all of them, each once, in their order."""
+    windows = row.get("windows")
+    spans = [span for span in windows if isinstance(span, dict)] if isinstance(windows, list) else []
+    prompts = dict.fromkeys(str(span["prompt"]) for span in spans if "prompt" in span)
+    return " -> ".join(prompts) or str(row.get("caption", ""))
 
 
 def _first_json(path: Path, name: str) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from videofm.report.charts import Series, figure, number
 from videofm.report.collect import Run, Stage, collect
 from videofm.report.curation import Pictures
 from videofm.report.curation import section as curation_section
+from videofm.report.measured_rows import row_tables
 from videofm.report.pieces import table
 from videofm.report.reconstruction import COLUMNS, FIELDS, NUMERIC, table_cells
 from videofm.report.style import CSS
@@ -245,6 +246,7 @@ def _evaluation(metrics: list[dict[str, Any]]) -> str:
         charts += [_list_chart(key, leaves[key], of) for key in EVALUATION_CURVES if isinstance(leaves.get(key), list)]
     cells = [[escape(cell) for cell in row] for row in table_cells(metrics)]
     parts = ["<h3>reconstruction</h3>" + table(COLUMNS, cells, numeric=NUMERIC)] if cells else []
+    parts.append(row_tables(metrics))
     parts.append("<h3>measures</h3>" + table(["measure", "of", "numbers"], rows))
     parts += [f'<h3>by frame and by channel</h3><div class="charts">{"".join(charts)}</div>'] if any(charts) else []
     return "".join(parts)

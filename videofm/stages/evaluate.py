@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from videofm import media, shapes
+from videofm import media, models, shapes
 from videofm.config import EvaluateConfig
-from videofm.config.flow_matching import FlowMatchingConfig
+from videofm.config.evaluate_arlon import FewStepsMetric, LongVideoMetric
+from videofm.config.flow_matching import FeaturesConfig, FlowMatchingConfig
 from videofm.config.recipe import (
     CaptionFollowingMetric,
     EvaluationMetric,
@@ -25,16 +26,22 @@ from videofm.config.recipe import (
     ImageCompatibilityMetric,
     ImageToVideoMetric,
     LatentDiagnosticsMetric,
+    NextTokenMetric,
     ReconstructionMetric,
+    TokenizerMetric,
 )
 from videofm.errors import DataError
-from videofm.evaluation.caption_following import ShapeClassifier, caption_following
+from videofm.evaluation.caption_following import CaptionFollowing, ShapeClassifier, caption_following
 from videofm.evaluation.reconstruction import psnr
 from videofm.objectives.flow_matching import FlowMatchingObjective
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory, read_jsonl, write_json
 from videofm.sampling import Pipeline
 from videofm.sampling.conditioning import PixelCondition
+from videofm.sampling.source import models_folder
+from videofm.stages.evaluate_ar import measure_next_token
+from videofm.stages.evaluate_arlon import measure_tokenizer
+from videofm.stages.evaluate_guided import measure_few_steps, measure_long_videos
 from videofm.stages.evaluate_vae import (
     Network,
     measure_compatibility,
@@ -69,7 +76,7 @@ def run(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     network = cache(perceptual_network)
     for metric in config.metrics:
-        read = metric.samples if isinstance(metric, CaptionFollowingMetric) else metric.run
+        read = _read_by(metric)
         result: dict[str, Any] = {"kind": metric.kind, "of": read}
         file = run.path
         if metric.kind in FILES:
@@ -82,6 +89,17 @@ def run(config: EvaluateConfig, run: RunDirectory) -> dict[str, Any]:
         LOG.info("%s of %s: %s", metric.kind, read, short)
     write_json(run.path / "evaluation.json", {"metrics": found, "seed": config.seed})
     return {"metrics": found}
+
+
+def _read_by(metric: EvaluationMetric) -> str:
+    """What a metric is about, as its config names it."""
+    match metric:
+        case CaptionFollowingMetric() | LongVideoMetric():
+            return metric.samples
+        case FewStepsMetric():
+            return ", ".join(metric.variants)
+        case _:
+            return metric.run
 
 
 def _measure(metric: EvaluationMetric, run: RunDirectory, seed: int, file: Path, network: Network) -> dict[str, Any]:
@@ -98,6 +116,14 @@ def _measure(metric: EvaluationMetric, run: RunDirectory, seed: int, file: Path,
             return measure_caption_following(metric)
         case ImageToVideoMetric():
             return measure_image_to_video(metric, run, seed)
+        case TokenizerMetric():
+            return measure_tokenizer(metric, run, seed)
+        case NextTokenMetric():
+            return measure_next_token(metric, run, seed)
+        case FewStepsMetric():
+            return measure_few_steps(metric, run, seed)
+        case LongVideoMetric():
+            return measure_long_videos(metric)
 
 
 def _numbered(name: str, number: int) -> str:
@@ -107,11 +133,19 @@ def _numbered(name: str, number: int) -> str:
 
 
 def measure_held_out_loss(metric: HeldOutLossMetric, run: RunDirectory, seed: int) -> dict[str, Any]:
-    """Flow-matching loss at each noise level, and their mean; noise is keyed by (seed, clip), latents are the most likely."""
+    """Flow-matching loss at each noise level, and their mean; noise is keyed by (seed, clip), latents are the most likely.
+
+    A DiT with an injection is guided by the features of the clips themselves, through the tokenizer of its training.
+    """
     pipeline = Pipeline.load(existing(metric.run))
     roles = {"dit": pipeline.dit, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     device = next(pipeline.dit.parameters()).device
-    objective = FlowMatchingObjective(FlowMatchingConfig(kind="flow_matching", causal_fix=pipeline.causal_fix))
+    guided = models.injection_spec(pipeline.dit) is not None
+    if guided:
+        roles["tokenizer"] = models.load(models_folder(metric.run), role="tokenizer", device=device)
+    features = FeaturesConfig() if guided else None
+    config = FlowMatchingConfig(kind="flow_matching", causal_fix=pipeline.causal_fix, features=features)
+    objective = FlowMatchingObjective(config)
     batches = (batch.to(device) for batch in clip_batches(metric, run, seed))
     return held_out_losses(objective, roles, batches, metric.sigmas, seed)
 
@@ -140,22 +174,33 @@ def measure_image_to_video(metric: ImageToVideoMetric, run: RunDirectory, seed: 
         videos += [media.to_frames(video) for video in made]
         captions += batch.captions
     shares = caption_following(videos, captions, ShapeClassifier(shapes.COLOURS, shapes.DIRECTIONS))
-    return {
-        "num_videos": shares.num_videos,
-        "first_frame_psnr": sum(kept) / len(kept),
-        "first_frame_psnr_min": min(kept),
-        "colour": shares.colour,
-        "direction": shares.direction,
-        "both": shares.both,
-    }
+    return {"first_frame_psnr": sum(kept) / len(kept), "first_frame_psnr_min": min(kept)} | _shares(shares)
 
 
 def measure_caption_following(metric: CaptionFollowingMetric) -> dict[str, Any]:
-    """Shares of the videos in `samples.jsonl` with the colour, the direction, and both of their caption."""
+    """Shares of the videos in `samples.jsonl` with the colour, the direction, both, the shape, and all of their caption.
+
+    Raises:
+        DataError: no videos, or one of several prompts.
+    """
     folder = Path(metric.samples)
     rows = list(read_jsonl(folder / "samples.jsonl"))
     if not rows:
         raise DataError(f"{folder} has no samples.jsonl with rows: give the run directory of a finished `sample` stage.")
+    for row in rows:
+        prompts = list(dict.fromkeys(span["prompt"] for span in row.get("windows", [])))
+        if len(prompts) > 1:
+            raise DataError(
+                f"{folder / row['file']} has {len(prompts)} prompts ({' -> '.join(prompts)}), and caption_following compares a "
+                "whole video with one caption: use metric `long_video`, which judges each window by its own prompt."
+            )
     videos = [media.read_video(folder / row["file"]) for row in rows]
     shares = caption_following(videos, [row["caption"] for row in rows], ShapeClassifier(shapes.COLOURS, shapes.DIRECTIONS))
-    return {"num_videos": shares.num_videos, "colour": shares.colour, "direction": shares.direction, "both": shares.both}
+    return _shares(shares)
+
+
+def _shares(found: CaptionFollowing) -> dict[str, Any]:
+    """For the list of results; `shape` only where captions name one."""
+    shape = {} if found.shape is None else {"shape": found.shape}
+    shares = {"colour": found.colour, "direction": found.direction, "both": found.both}
+    return {"num_videos": found.num_videos} | shares | shape | {"all": found.all}

@@ -58,7 +58,7 @@ def measure_reconstruction(
         - `mode`: whole, streaming or tiles;
         - `seam_error`, of the first clip, where tiles ask for it: differences to the whole, of `latents` and of `video`.
     """
-    vae = _load(metric.run)
+    vae = load_vae(metric.run)
     scores = _Scores(metric, network)
     reconstruct = _reconstruction(metric, vae)
     shown = _Sheet()
@@ -68,7 +68,7 @@ def measure_reconstruction(
             video = batch.video.to(device())
             if metric.tiles is not None and metric.tiles.seam_error and not seams:
                 first = video[:1]
-                seams["seam_error"] = asdict(seam_error(vae, first, _tiles(metric.tiles), _no_noise(vae, first), seed))
+                seams["seam_error"] = asdict(seam_error(vae, first, _tiles(metric.tiles), no_noise(vae, first), seed))
             output = reconstruct(video, keyed_generator(seed, "decoder_noise")).clamp(-1, 1)
             scores.add(output, video)
             shown.add(batch, [video, output])
@@ -87,7 +87,7 @@ def measure_reconstruction(
 
 def measure_latents(metric: LatentDiagnosticsMetric, run: RunDirectory, seed: int, file: Path) -> dict[str, Any]:
     """The diagnostics of `LatentDiagnostics.result`, with `alarms` and `statistics_hash`; writes the statistics to `file`."""
-    vae = _load(metric.run)
+    vae = load_vae(metric.run)
     diagnostics = LatentDiagnostics()
     with evaluating(vae), torch.no_grad():
         for batch in clip_batches(metric, run, seed):
@@ -103,7 +103,7 @@ def measure_latents(metric: LatentDiagnosticsMetric, run: RunDirectory, seed: in
 
 def measure_compatibility(metric: ImageCompatibilityMetric, run: RunDirectory, seed: int, sheet: Path) -> dict[str, Any]:
     """The numbers of `ImageCompatibility.result`; the sheet shows frames, their image VAE's copy, and `D_i(E_v(X))`."""
-    vae, image_vae = _load(metric.run), _load(metric.image_vae, "image_vae")
+    vae, image_vae = load_vae(metric.run), load_vae(metric.image_vae, "image_vae")
     compatibility = ImageCompatibility(vae, image_vae)
     shown = _Sheet()
     with evaluating(vae, image_vae):
@@ -173,7 +173,7 @@ def _reconstruction(metric: ReconstructionMetric, vae: VideoVAE) -> Callable[[Te
     """(video, generator of injected noise) -> its reconstruction, in the way that `metric` asks for."""
 
     def whole(video: Tensor, generator: torch.Generator) -> Tensor:
-        return vae.decode(vae.encode(video).mode(), _no_noise(vae, video), generator)
+        return vae.decode(vae.encode(video).mode(), no_noise(vae, video), generator)
 
     def streamed(video: Tensor, generator: torch.Generator) -> Tensor:
         encoder_cache = decoder_cache = None
@@ -182,14 +182,14 @@ def _reconstruction(metric: ReconstructionMetric, vae: VideoVAE) -> Callable[[Te
         num_later = (video.shape[2] - first) // vae.chunk_frames
         for chunk in video.split([first] + [vae.chunk_frames] * num_later, dim=2):
             encoded = vae.encode_stream(chunk, encoder_cache)
-            decoded = vae.decode_stream(encoded.posterior.mode(), decoder_cache, _no_noise(vae, video), generator)
+            decoded = vae.decode_stream(encoded.posterior.mode(), decoder_cache, no_noise(vae, video), generator)
             encoder_cache, decoder_cache = encoded.cache, decoded.cache
             pieces.append(decoded.video)
         return torch.cat(pieces, dim=2)
 
     def tiled(video: Tensor, generator: torch.Generator) -> Tensor:
         latents = encode_tiled(vae, video, tiles).mode()
-        return decode_tiled(vae, latents, tiles, _no_noise(vae, video), generator)
+        return decode_tiled(vae, latents, tiles, no_noise(vae, video), generator)
 
     if metric.tiles is not None:
         tiles = _tiles(metric.tiles)
@@ -202,12 +202,18 @@ def _tiles(config: TilesConfig) -> Tiles:
     return Tiles(*size, *overlap, config.num_frames, config.overlap_frames)
 
 
-def _no_noise(vae: VideoVAE, video: Tensor) -> Tensor | None:
+def no_noise(vae: VideoVAE, video: Tensor) -> Tensor | None:
     """sigma 0 for each clip, for a decoder that wants to be told."""
     return video.new_zeros(video.shape[0]) if vae.timestep_conditioning else None
 
 
-def _load(path: str, field: str = "run") -> VideoVAE:
+def load_vae(path: str, field: str = "run") -> VideoVAE:
+    """The VAE of the folder that `field` of the config names, in float32, on the device to measure on.
+
+    Raises:
+        CheckpointError: nothing there.
+        ConfigError: it is no video VAE.
+    """
     vae = models.load(existing(path, field), role="vae", component="vae", device=device())
     if not isinstance(vae, VideoVAE):
         raise ConfigError(f"{field} = {path!r} holds {getattr(vae, 'spec_name', type(vae).__name__)}, which is no video VAE.")

@@ -16,6 +16,7 @@ from videofm.config.recipe import (
     ImageToVideoMetric,
     LatentDiagnosticsMetric,
     ReconstructionMetric,
+    TokenizerMetric,
 )
 from videofm.data import decode
 from videofm.data.index import ClipRecord
@@ -28,7 +29,14 @@ from videofm.run_dir import RunDirectory
 from videofm.sampling.source import models_folder
 from videofm.types import Batch
 
-ClipMetric = ReconstructionMetric | LatentDiagnosticsMetric | ImageCompatibilityMetric | HeldOutLossMetric | ImageToVideoMetric
+ClipMetric = (
+    ReconstructionMetric
+    | LatentDiagnosticsMetric
+    | ImageCompatibilityMetric
+    | HeldOutLossMetric
+    | ImageToVideoMetric
+    | TokenizerMetric
+)
 
 
 def clip_batches(metric: ClipMetric, run: RunDirectory, seed: int) -> Iterator[Batch]:

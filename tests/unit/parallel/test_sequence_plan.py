@@ -24,6 +24,23 @@ def test_arguments_with_different_numbers_of_tokens_are_refused() -> None:
         model(torch.zeros(1, 7, 2), sigma=torch.zeros(1, 5))
 
 
+class Guided(nn.Module):
+    def forward(self, latent_tokens: Tensor, features: Tensor | None = None) -> Tensor:
+        return latent_tokens
+
+
+def test_optional_arguments_count_where_they_are_there() -> None:
+    """Left out or None, the tokens alone say how many there are; the layout of 7 tokens is at hand when attention runs."""
+    model, place = Guided(), SequencePlace()
+    SequencePlan(split={"latent_tokens": 1, "features": 1}, gather=1).apply(model, place)
+    model._forward_hooks.clear()  # one process has nothing to gather from
+    for optional in ({}, {"features": None}, {"features": torch.zeros(1, 7, 3)}):
+        assert model(torch.zeros(1, 7, 2), **optional).shape == (1, 7, 2)
+        assert place.layout is not None and place.layout.length == 7
+    with pytest.raises(ParallelError, match="latent_tokens 7 along dim 1, features 5 along dim 1"):
+        model(torch.zeros(1, 7, 2), torch.zeros(1, 5, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "degrees", "chosen"),
     [

@@ -43,6 +43,22 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;") >= 6  # metric name, funnel step and reason, evaluation, result, caption
 
 
+@pytest.mark.parametrize(
+    ("windows", "caption"),
+    [
+        ([{"prompt": "a"}, {"prompt": "a"}, {"prompt": "<b>"}, {"prompt": "a"}], "a -&gt; &lt;b&gt;"),
+        ([{"prompt": "a"}, {"prompt": "a"}], "a"),
+        ("damaged", "first"),
+        ([{"start": 0}, 3], "first"),
+    ],
+)
+def test_a_storyboard_is_captioned_with_all_its_prompts(tmp_path: Path, windows: Any, caption: str) -> None:
+    run = a_run(tmp_path / "run")
+    row = {"file": "samples/000.mp4", "caption": "first", "windows": windows}
+    (run.path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    assert f"<figcaption>{caption}</figcaption>" in build(run.path)
+
+
 def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     page = build(a_run(tmp_path / "run").path)
     assert "http://" not in page
