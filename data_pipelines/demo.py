@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def run(config: DemoDataConfig, run: RunDirectory) -> dict[str, Any]:
             sidecar = folder / f"demo-{index:05d}.json"  # written last: where it is, an earlier attempt finished the video
             if not sidecar.exists():
                 write_video(sidecar.with_suffix(".mp4"), render_video(config, index, shots), config.fps)
-                write_json(sidecar, {"captions": caption_spans(shots, config.num_frames)})
+                write_json(sidecar, {"captions": caption_spans(told(config, index, shots), config.num_frames)})
             bar.advance()
     num_broken = len(write_broken(folder, config)) if config.broken else 0
     write_atomic(run.path / "prompts.txt", "".join(f"{text}\n" for text in captions()))
@@ -65,6 +66,23 @@ def plan_shots(config: DemoDataConfig) -> list[list[Motif]]:
         plan.append(deck[: config.shots_per_video])
         deck = deck[config.shots_per_video :]
     return plan
+
+
+def told(config: DemoDataConfig, index: int, shots: list[Motif]) -> list[Motif]:
+    """What the captions of video `index` say: the shots, but for a share of `config.wrong_direction` with one of the three
+    directions that are not shown."""
+    rng = np.random.default_rng([config.seed, 3, index])
+    draws, turns = rng.random(len(shots)), rng.integers(1, len(DIRECTIONS), len(shots))
+    return [
+        replace(shot, direction=_turned(shot.direction, turn)) if draw < config.wrong_direction else shot
+        for shot, draw, turn in zip(shots, draws, turns, strict=True)
+    ]
+
+
+def _turned(direction: str, turn: int) -> str:
+    """The direction that comes `turn` places behind `direction`."""
+    names = list(DIRECTIONS)
+    return names[(names.index(direction) + turn) % len(names)]
 
 
 def caption_spans(shots: list[Motif], num_frames: int) -> list[dict[str, Any]]:

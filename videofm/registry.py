@@ -20,6 +20,7 @@ MODELS = {
     "dit/step_video": "videofm.models.dit.step_video:SPEC",
     "ar/transformer": "videofm.models.ar:SPEC",
     "arlon/tokenizer": "videofm.models.arlon.tokenizer:SPEC",
+    "reward/video": "videofm.models.reward:SPEC",
     "text/t5": "videofm.models.text.t5:SPEC",
     "text/step_video": "videofm.models.text.step_video:SPEC",
     "discriminator/patchgan_3d": "videofm.models.discriminators.patchgan_3d:SPEC",
@@ -31,7 +32,10 @@ OBJECTIVES = {
     "autoencoder": "videofm.objectives.autoencoder:AutoencoderObjective",
     "latent_tokens": "videofm.objectives.latent_tokens:LatentTokensObjective",
     "flow_matching": "videofm.objectives.flow_matching:FlowMatchingObjective",
+    "dpo": "videofm.objectives.dpo:DPOObjective",
+    "reward_weighted": "videofm.objectives.reward_weighted:RewardWeightedObjective",
     "next_token": "videofm.objectives.next_token:NextTokenObjective",
+    "reward": "videofm.objectives.reward:RewardObjective",
 }
 
 INJECTIONS = {
@@ -100,6 +104,13 @@ ENCODERS = {
     "text": "videofm.train.encoders:TextEncoder",
 }
 
+REWARDS = {
+    "moving_shapes": "videofm.reward.moving_shapes:MovingShapes",
+    "model": "videofm.reward.model:ModelScores",
+}
+
+CANDIDATES = {"pipeline": "videofm.sampling.candidates:CandidateMaker"}
+
 ENCODER_POOLS = {"online": "data_pipelines.encode.online:OnlineEncoders"}
 
 STAGES = {
@@ -108,6 +119,9 @@ STAGES = {
     "encode": "data_pipelines.encode.run:run",
     "train": "videofm.stages.train:run",
     "sample": "videofm.stages.sample:run",
+    "dpo_generate": "videofm.stages.dpo_generate:run",
+    "dpo_rank": "videofm.stages.rank:run",
+    "dpo_import": "data_pipelines.preferences.run:run",
     "evaluate": "videofm.stages.evaluate:run",
     "export": "videofm.stages.export:run",
     "report": "videofm.stages.report:run",

@@ -13,6 +13,7 @@ Letters, in shapes and in names: `B` batch, `C` channels, `T` frames, `H` height
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,6 +108,14 @@ class Batch:
     clips by a latent tokenizer, and `rollouts` of the same shape what an autoregressive model made of the first token frames of
     `indices` and of the captions; with either no pixels are read.
 
+    Of P pairs (`data.pairs`) a batch has 2P clips, winners first and losers behind them in the same order. `sample_ids` then
+    has the id of the pair for both of its clips, so that keyed draws are the same for winner and loser, and `num_step_samples`
+    counts pairs. `pair_weights` `(P,)` float32 multiply the loss of a pair, 0 for a tie; `pair_ties` `(P,)` bool says which
+    pairs are ties; `frame_labels` `(P, T)` float32 are 1, 0 or -1 where the winner, neither or the loser is better at a pixel
+    frame, None where no pair of the data has such labels; `rewards` `(2P,)` float32 are the overall scores of the clips, None
+    unless every clip of the data has one. `pair_axes` has a dict for each of the P pairs, axis -> which side is better on it,
+    `winner`, `loser` or `tie`; None where no pair of the data has axes.
+
     A pack (`data.packing.pack`) has `parts`, each the clips of one size as a batch of their own. The pack itself then holds
     `captions`, `fps` and `sample_ids` of all of them, in their order, and no pixels or encodings.
     """
@@ -124,11 +133,19 @@ class Batch:
     clip_text: Tensor | None = None
     indices: Tensor | None = None
     rollouts: Tensor | None = None
+    pair_weights: Tensor | None = None
+    pair_ties: Tensor | None = None
+    frame_labels: Tensor | None = None
+    rewards: Tensor | None = None
+    pair_axes: list[dict[str, str]] | None = None
     parts: tuple[Batch, ...] = ()
 
     def to(self, device: Any) -> Batch:
         """This batch with its tensors on `device`, and its pixels as float32 in [-1, 1]: models take no other."""
-        names = ("video", "fps", "latents", "logvar", "text", "clip_text", "indices", "rollouts")
+        names = (
+            "video", "fps", "latents", "logvar", "text", "clip_text", "indices", "rollouts", "pair_weights", "pair_ties",
+            "frame_labels", "rewards",
+        )  # fmt: skip
         held = {name: value for name in names if (value := getattr(self, name)) is not None}
         moved = {name: value.to(device, non_blocking=True) for name, value in held.items()}
         if not moved["video"].dtype.is_floating_point:
@@ -180,6 +197,15 @@ class SampleRng(Protocol):
         """The draws of the samples from number `first` to before `end` alone."""
         ...
 
+    def fixed(self, number: int) -> SampleRng:
+        """Draws number `number` of each sample, the same in every step and epoch: keyed by seed, number, `lasting_id`, name."""
+        ...
+
+
+def lasting_id(sample_id: str) -> str:
+    """What a sample id (`data.draws.Draw.sample_id`) names in every epoch: without `@epoch` and what it stands in for."""
+    return re.sub(r"@\d+(~.*)?$", "", sample_id, count=1, flags=re.DOTALL)
+
 
 class Ranks(Protocol):
     """The ranks that read different samples, for statistics that all of them must agree on: a `Mesh`, or `ALONE`."""
@@ -215,13 +241,35 @@ class OneRank:
 ALONE: Ranks = OneRank()
 
 
+class Precomputed(Protocol):
+    """Numbers of each sample that an objective wants of the models as a run starts with them, at a few fixed draws.
+
+    The trainer has them measured before the first step, keeps them in the run directory as `name`.safetensors, and hands them
+    over in every process that goes on with the run.
+    """
+
+    name: str
+    num_draws: int
+
+    def measure(self, models: Mapping[str, nn.Module], batch: Batch, rng: SampleRng) -> Tensor:
+        """The numbers of the first R samples of `batch` at one draw, `(R, ...)` float32; the same on ranks that share them."""
+        ...
+
+    def take(self, table: Mapping[str, Tensor]) -> None:
+        """`lasting_id` of each sample -> its numbers at draws 0, 1, ..., `(num_draws, ...)`, on the CPU."""
+        ...
+
+
 class Objective(Protocol):
     """A loss over roles. `roles` names the models it needs, `phases` maps a phase to the roles that it trains.
 
     An objective may also have any of these, which the trainer looks for:
 
     - `own_models`: role -> fields of a `ModelConfig`, for models that the objective's own section asks for;
+    - `extend(models)`: add to models that were just built, in place, what only this training needs; before a checkpoint fills
+      them;
     - `check(models)`: refuse models that do not fit, before anything runs;
+    - `precomputed`: a `Precomputed`, or None where nothing has to be known before the first step;
     - `active_phases(step)`: the phases of optimizer step `step`, in order, where not all run in each;
     - `prepare(models, batches, rngs, phase, all_sum)`: what has to be known about the whole step, over all ranks, before the
       first loss of it; `loss` gets what it returns as a fifth argument. `all_sum(gradient)` adds over the ranks, each of which
@@ -266,7 +314,8 @@ class ModelSpec:
 
     `config` is its dataclass, `sizes` the named instances, `build(config)` makes the module for one device, `parallelize(model,
     mesh, options)` binds attention and splits what is split, `adapter` translates to the public layout, and `inflate(model,
-    folder)`, where a video VAE has it, fills a fresh model in place with the weights of an image VAE.
+    folder)`, where a video VAE has it, fills a fresh model in place with the weights of an image VAE. `check_context(model,
+    context_degree)`, where a model has a limit of its own, refuses what `parallelize` would, before there are any ranks.
     """
 
     name: str
@@ -276,3 +325,4 @@ class ModelSpec:
     parallelize: Callable[..., nn.Module]
     adapter: StateDictAdapter
     inflate: Callable[[nn.Module, str | Path], None] | None = None
+    check_context: Callable[[Any, int], None] | None = None

@@ -24,6 +24,9 @@ MODES_OF: dict[str, tuple[CacheMode, ...]] = {
     "flow_matching": ("text", "latents", "full", "latents_tokens"),
     "latent_tokens": ("latents",),
     "next_token": ("tokens", "tokens_text"),
+    "dpo": ("text", "latents", "full"),
+    "reward_weighted": ("text", "latents", "full"),
+    "reward": ("text", "latents", "full"),
 }
 """Kind of objective -> the modes that it can train on; one that is not here needs pixels."""
 

@@ -40,6 +40,13 @@ class DemoDataConfig(Section):
     radius: float = Field(
         7 / 32, gt=0, le=0.4, description="Radius of a circle, and half the side of a square times 1.1, over the frame's side."
     )
+    wrong_direction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the shots whose caption tells one of the three directions that are not shown, drawn for each: "
+        "what preference tuning has to put right.",
+    )
     broken: bool = Field(True, description="Also write static, black, duplicate, truncated and audio-only files.")
     seed: int = Field(0, description="The set is a function of this seed and the fields above.")
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from videofm.config.base import Section, execution
 from videofm.config.buckets import BucketsConfig, PackingConfig
 from videofm.config.cache import CacheConfig, OnlineConfig
+from videofm.config.pairs import PairsConfig
 from videofm.config.reading import ReadingConfig
 
 
@@ -40,6 +41,11 @@ class DataConfig(Section):
     mix: list[MixSourceConfig] | None = Field(
         None, min_length=1, description="Several datasets, in place of manifest, each with its share."
     )
+    pairs: PairsConfig | None = Field(
+        None,
+        description="Pairs of clips of manifest of which one is preferred, for objectives that compare them; null reads "
+        "single clips.",
+    )
     split: Literal["train", "held_out"] = Field("train", description="Which clips to read.")
     view: str | None = Field(
         None, description="YAML file of a view: rules over scores and facts, and only clips that pass are read. null reads all."
@@ -64,7 +70,7 @@ class DataConfig(Section):
         description="Window of height x width that is cut from the frames of a clip: its place is drawn for each clip, or is "
         "the centre. `none` uses only clips of exactly that size.",
     )
-    micro_batch_size: int = Field(ge=1, description="Clips of one micro-batch.")
+    micro_batch_size: int = Field(ge=1, description="Clips of one micro-batch; with pairs, its pairs.")
     num_micro_batches: int = Field(
         1, ge=1, description="Micro-batches of an optimizer step over all ranks (G). parallel.data_degree must divide it."
     )
@@ -112,10 +118,15 @@ class DataConfig(Section):
 
     @property
     def mean_step_samples(self) -> float:
-        """Samples of an optimizer step over all ranks, videos and images, on average over steps; without `buckets`, whose
-        steps differ by what clips there are."""
+        """Samples of an optimizer step over all ranks, videos and images or pairs, on average over steps; without `buckets`,
+        whose steps differ by what clips there are."""
         images = self.image_micro_batch_size or self.micro_batch_size
         return self.num_micro_batches * ((1 - self.image_share) * self.micro_batch_size + self.image_share * images)
+
+    @property
+    def mean_step_clips(self) -> float:
+        """Clips of an optimizer step: a sample is one, a pair two."""
+        return self.mean_step_samples * (1 if self.pairs is None else 2)
 
     @property
     def sources(self) -> list[MixSourceConfig]:
@@ -152,6 +163,23 @@ class DataConfig(Section):
                 f"resize_short_side {self.resize_short_side} leaves no room for frames of {self.height}x{self.width}; "
                 f"take at least {min(self.height, self.width)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_pairs(self) -> DataConfig:
+        if self.pairs is None:
+            return self
+        whys = {
+            "mix": (self.mix is not None, "keys are those of one dataset, name it in manifest"),
+            "view": (self.view is not None, "pairs name the clips that are read"),
+            "buckets": (self.buckets is not None, "pairs have clips of one size"),
+            "packing": (self.packing is not None, "pairs have clips of one size"),
+            "image_share": (self.image_share > 0, "pairs are of videos"),
+            "online": (self.online is not None, "encode the clips once with `videofm encode`, and read them with cache"),
+            "window_shards": (self.window_shards != 256, "all pairs of an epoch are shuffled together"),
+        }
+        if found := [f"{name} ({why})" for name, (is_set, why) in whys.items() if is_set]:
+            raise ValueError(f"pairs does not go together with {', '.join(found)}; leave out what does not fit")
         return self
 
     @model_validator(mode="after")

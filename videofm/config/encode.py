@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from videofm.config.actors import ActorsConfig
 from videofm.config.base import Section, execution
 from videofm.config.buckets import BucketsConfig
 
@@ -94,14 +95,9 @@ class TokensConfig(Section):
     rollouts: RolloutsConfig | None = Field(None, description="Continuations by an AR model, stored beside; null makes none.")
 
 
-class EncodeEngineConfig(Section):
+class EncodeEngineConfig(ActorsConfig):
     """The Ray actors that encode; a shard is the unit of work."""
 
-    num_actors: int = execution(1, ge=1, description="Actors; what they write does not depend on how many there are.")
-    num_gpus: float = execution(0.0, ge=0, description="GPUs of an actor; 0 encodes on its CPUs.")
-    num_cpus: int = execution(1, ge=1, description="CPUs of an actor, which are also its threads.")
-    address: str | None = execution(None, description="Ray cluster to join; null starts one local node on loopback.")
-    max_deaths: int = execution(2, ge=0, description="Actors that may die over one shard before the stage fails.")
     decode_timeout: float = execution(
         60.0,
         gt=0,

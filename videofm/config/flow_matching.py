@@ -156,6 +156,15 @@ class CorruptionConfig(Section):
     probability: float = Field(0.0, ge=0, le=1, description="Share of samples whose tokens are corrupted; 0 is off.")
     fraction: float = Field(0.1, gt=0, le=1, description="Probability of each token of such a sample to be replaced.")
 
+    @model_validator(mode="after")
+    def _is_on(self) -> CorruptionConfig:
+        if not self.probability and self.fraction != type(self).model_fields["fraction"].default:
+            raise ValueError(
+                f"fraction {self.fraction:g} with probability 0: no sample is corrupted, so that nothing reads it. Give a "
+                "probability above 0, or leave it out"
+            )
+        return self
+
 
 class FeaturesConfig(Section):
     """ARLON: features of the frozen role `tokenizer` guide the `dit`, which needs `models.dit.injection`.

@@ -14,7 +14,8 @@ class LatentTokensConfig(Section):
 
     The loss of a clip is the mean squared error of its latents plus what the tokenizer's quantizer adds, whose weights are in
     `models.tokenizer.overrides.quantizer`. A moving average of the weights (`optimizer.ema_decay`) is stored beside the
-    codebook of the last step, which kinds vq_ema and rvq move without gradients: keep it short, or 0.
+    codebook of the last step, which kinds vq_ema and rvq move without gradients: `optimizer.ema_decay` is 0 or short, at most
+    0.99; its default is refused (kind fsq has no codebook, and takes any).
     """
 
     kind: Literal["latent_tokens"]

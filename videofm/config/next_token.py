@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from videofm.config.base import Section
 
@@ -30,7 +30,18 @@ class NextTokenConfig(Section):
         0.25,
         ge=0,
         le=1,
-        description="Share of such cuts that begin with the clip; the others begin at any later token frame, and the model is "
-        "told that they go on inside of a video.",
+        description="With `window`: share of the cuts that begin with the clip; the others begin at any later token frame, and "
+        "the model is told so by its `continue_token`. Only `continue_tokens` and `continue_windows` of "
+        "videofm/sampling/autoregressive.py draw with that; `videofm sample` starts every window as a clip.",
     )
     train_text_encoder: bool = Field(False, description="Train the role `text_encoder` along; false keeps it frozen.")
+
+    @model_validator(mode="after")
+    def _share_of_cuts(self) -> NextTokenConfig:
+        idle = type(self).model_fields["first_window_share"].default
+        if self.window is None and self.first_window_share != idle:
+            raise ValueError(
+                f"first_window_share {self.first_window_share:g} without `window`: it is a share of the cuts of longer clips, "
+                "and whole clips are not cut. Give `window`, or leave it out"
+            )
+        return self

@@ -7,9 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from videofm.config.base import Section, execution
+from videofm.config.candidates import CandidatesConfig
 from videofm.config.curate import CurateConfig, DemoDataConfig
 from videofm.config.encode import EncodeConfig
 from videofm.config.evaluate_arlon import FewStepsMetric, LongVideoMetric
+from videofm.config.evaluate_reward import RewardMetric
+from videofm.config.import_pairs import ImportPairsConfig
+from videofm.config.rank import RankConfig
 from videofm.config.sample import SampleConfig
 from videofm.config.train import TrainConfig
 
@@ -193,7 +197,8 @@ EvaluationMetric = Annotated[
     | TokenizerMetric
     | NextTokenMetric
     | FewStepsMetric
-    | LongVideoMetric,
+    | LongVideoMetric
+    | RewardMetric,
     Field(discriminator="kind"),
 ]
 
@@ -232,7 +237,17 @@ class ReportConfig(Section):
 
 
 StageConfig = Annotated[
-    DemoDataConfig | CurateConfig | EncodeConfig | TrainConfig | SampleConfig | EvaluateConfig | ExportConfig | ReportConfig,
+    DemoDataConfig
+    | CurateConfig
+    | EncodeConfig
+    | TrainConfig
+    | SampleConfig
+    | CandidatesConfig
+    | RankConfig
+    | ImportPairsConfig
+    | EvaluateConfig
+    | ExportConfig
+    | ReportConfig,
     Field(discriminator="kind"),
 ]
 

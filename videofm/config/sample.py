@@ -155,15 +155,10 @@ _OURS_ONLY = (
 """Fields that the sampler `diffusers` does not read."""
 
 
-class SampleConfig(Section):
-    """Generate videos from prompts, with our sampler or, in a fresh process, with plain diffusers."""
+class SamplerConfig(Section):
+    """How a DiT makes videos of prompts; what `sample` and `dpo_generate` have in common."""
 
-    kind: Literal["sample"]
     run: str = Field(description="Training run of a DiT, a checkpoint of it, or an exported folder.")
-    sampler: Literal["videofm", "diffusers"] = Field(
-        "videofm",
-        description="`diffusers` loads an exported folder with LTXPipeline in a process that does not import videofm.",
-    )
     prompts: list[str] = Field([], description="Captions, one video each.")
     prompts_file: str | None = Field(
         None,
@@ -172,12 +167,6 @@ class SampleConfig(Section):
     )
     prompt_suffix: str = Field("", description="Text put behind every prompt; the list of videos does not show it.")
     negative_prompt: str = Field("", description="What guidance moves away from.")
-    image: str | None = Field(None, description="First frame of every video.")
-    images: list[str] = Field([], description="First frames, one a prompt, instead of `image`.")
-    conditions: list[ConditionConfig] = Field([], description="Other frames of every video that are given.")
-    fit: Literal["crop", "pad"] | None = Field(
-        None, description="What to do with an image or clip of another shape: cut it, or put black around it; null refuses it."
-    )
     num_frames: int = Field(ge=1, description="Frames of a video.")
     height: int = Field(ge=8, description="Height, in pixels.")
     width: int = Field(ge=8, description="Width, in pixels.")
@@ -222,9 +211,29 @@ class SampleConfig(Section):
     seed: int = Field(0, ge=0, description="Video i starts from noise drawn with (seed, i).")
 
     @model_validator(mode="after")
-    def _has_prompts(self) -> SampleConfig:
+    def _has_prompts(self) -> SamplerConfig:
         if bool(self.prompts) == bool(self.prompts_file):
             raise ValueError("give either `prompts` (a list) or `prompts_file` (a path), not both and not neither")
+        return self
+
+
+class SampleConfig(SamplerConfig):
+    """Generate videos from prompts, with our sampler or, in a fresh process, with plain diffusers."""
+
+    kind: Literal["sample"]
+    sampler: Literal["videofm", "diffusers"] = Field(
+        "videofm",
+        description="`diffusers` loads an exported folder with LTXPipeline in a process that does not import videofm.",
+    )
+    image: str | None = Field(None, description="First frame of every video.")
+    images: list[str] = Field([], description="First frames, one a prompt, instead of `image`.")
+    conditions: list[ConditionConfig] = Field([], description="Other frames of every video that are given.")
+    fit: Literal["crop", "pad"] | None = Field(
+        None, description="What to do with an image or clip of another shape: cut it, or put black around it; null refuses it."
+    )
+
+    @model_validator(mode="after")
+    def _one_image(self) -> SampleConfig:
         if self.image is not None and self.images:
             raise ValueError("give either `image` (of every video) or `images` (one a prompt), not both")
         return self

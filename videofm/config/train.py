@@ -10,9 +10,12 @@ from videofm.config.autoencoder import AutoencoderConfig
 from videofm.config.base import Section, execution
 from videofm.config.cache import MODES_OF
 from videofm.config.data import DataConfig
+from videofm.config.dpo import DPOConfig, RewardWeightedConfig
 from videofm.config.flow_matching import FlowMatchingConfig
 from videofm.config.latent_tokens import LatentTokensConfig
 from videofm.config.next_token import NextTokenConfig
+from videofm.config.reference import reference_problem
+from videofm.config.reward import RewardTrainingConfig
 from videofm.registry import ATTENTION_BACKENDS, INJECTIONS, MODELS, nearest
 
 
@@ -127,9 +130,23 @@ class ModelConfig(Section):
 
 
 ObjectiveConfig = Annotated[
-    AutoencoderConfig | FlowMatchingConfig | LatentTokensConfig | NextTokenConfig,
+    AutoencoderConfig
+    | FlowMatchingConfig
+    | LatentTokensConfig
+    | NextTokenConfig
+    | DPOConfig
+    | RewardWeightedConfig
+    | RewardTrainingConfig,
     Field(discriminator="kind"),
 ]
+
+TRAINS_A_DIT = (FlowMatchingConfig, DPOConfig, RewardWeightedConfig)
+"""Objectives whose model makes videos, and has a held-out flow-matching loss."""
+READS_PAIRS = (DPOConfig, RewardWeightedConfig, RewardTrainingConfig)
+"""Objectives whose samples are pairs of clips."""
+
+_CODEBOOK_EMA_DECAY = 0.99
+"""Longest moving average of weights beside a codebook: codebooks themselves follow over some hundred steps."""
 
 
 class ParameterGroupConfig(Section):
@@ -242,7 +259,11 @@ class WandbConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Videos during training, from the weights that would be shipped: same prompts, same noise each time."""
+    """Videos during training, from the weights that would be shipped: same prompts, same noise each time.
+
+    Where `objective.features` guides the dit, these are made without: there is no clip and no AR model to take features from,
+    and the learned null feature stands in their place. `videofm sample` with a `guide` shows what the dit does with them.
+    """
 
     every: int = Field(ge=1, description="Steps between samples; the last step makes some too.")
     prompts: list[str] = Field(min_length=1, description="Captions, one video each.")
@@ -258,7 +279,12 @@ class HeldOutConfig(Section):
     """The loss during training at fixed noise levels and fixed noise, on clips that are cut as those that are trained on."""
 
     every: int = Field(ge=1, description="Steps between measurements; the last step is measured too.")
-    split: Literal["train", "held_out"] = Field("held_out", description="Which clips of `data.manifest` to measure on.")
+    manifest: str | None = Field(
+        None,
+        description="Folder of shards to measure on, without data.view; null takes the datasets of `data`. Candidates of "
+        "preference training have no held-out clips: name the data that the model was trained on before.",
+    )
+    split: Literal["train", "held_out"] = Field("held_out", description="Which clips of it to measure on.")
     num_clips: int = Field(64, ge=1, description="How many; whole micro-batches are read.")
     sigmas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="Noise levels in (0, 1)."
@@ -286,10 +312,35 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _watched_model_is_a_dit(self) -> TrainConfig:
         watched = [name for name in ("samples", "held_out") if getattr(self, name) is not None]
-        if watched and not isinstance(self.objective, FlowMatchingConfig):
+        if watched and not isinstance(self.objective, TRAINS_A_DIT):
             raise ValueError(
-                f"{' and '.join(watched)}: only objective flow_matching trains a model for them, not {self.objective.kind}; "
-                "leave out what does not fit"
+                f"{' and '.join(watched)}: only objectives flow_matching, dpo and reward_weighted train a model for them, not "
+                f"{self.objective.kind}; leave out what does not fit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_and_who_reads_them(self) -> TrainConfig:
+        kind, wants = self.objective.kind, isinstance(self.objective, READS_PAIRS)
+        if wants and self.data.pairs is None:
+            raise ValueError(
+                f"objective {kind} compares clips of pairs: name a folder of preferences in data.pairs.path (`videofm dpo "
+                "rank`, `annotate` or `import` writes one), and the dataset of their clips in data.manifest"
+            )
+        if not wants and self.data.pairs is not None:
+            raise ValueError(
+                f"data.pairs: objective {kind} reads single clips; leave it out, or take objective dpo, reward_weighted or "
+                "reward"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ties_are_possible(self) -> TrainConfig:
+        ties = self.data.pairs is not None and self.data.pairs.ties
+        if isinstance(self.objective, RewardTrainingConfig) and self.objective.theta == 1 and ties:
+            raise ValueError(
+                "objective.theta 1 says that clips never tie, and data.pairs.ties reads ties: set theta above 1 (5 is usual), "
+                "or data.pairs.ties to false"
             )
         return self
 
@@ -312,6 +363,37 @@ class TrainConfig(Section):
             raise ValueError(
                 "parallel.zero_stage 3 with objective latent_tokens: codebooks are read between steps too, where stage 3 "
                 "leaves each rank a part of them. Take zero_stage 2 or less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _codebook_keeps_up(self) -> TrainConfig:
+        if not isinstance(self.objective, LatentTokensConfig):
+            return self
+        tokenizer = self.models.get("tokenizer")
+        quantizer = None if tokenizer is None else tokenizer.overrides.get("quantizer")
+        decay = self.phase_optimizers.get("train", self.optimizer).ema_decay
+        if decay > _CODEBOOK_EMA_DECAY and not (isinstance(quantizer, dict) and quantizer.get("kind") == "fsq"):
+            raise ValueError(
+                f"optimizer.ema_decay {decay:g} with objective latent_tokens: weights averaged over some {1 / (1 - decay):.0f} "
+                "steps would be shipped beside a codebook that moves with the weights of the last ones, so that they do not "
+                f"fit each other. Set optimizer.ema_decay to 0, or to {_CODEBOOK_EMA_DECAY} at most"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> TrainConfig:
+        reference, policy = getattr(self.objective, "reference", None), self.models.get("dit")
+        if reference is not None and policy is not None:
+            problem = reference_problem(reference, policy.lora is not None, self.data, self.parallel.zero_stage)
+            if problem is not None:
+                raise ValueError(problem)
+        held = self.models.get("reference")
+        began = None if policy is None else policy.path or policy.init_from
+        if began and held is not None and not (held.path or held.init_from or held.overrides.get("path")):
+            raise ValueError(
+                f"models.reference is new, with random weights, and models.dit starts from {began}: it would be held to noise. "
+                "Give models.reference the same `path` or `init_from`"
             )
         return self
 

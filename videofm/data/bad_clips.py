@@ -55,19 +55,20 @@ class BadClips:
         reason = self._known.get(_name(request))
         return None if reason is None else BadClipError(reason)
 
-    def good(self) -> None:
-        """A clip was read."""
-        self.num_read += 1
+    def good(self, num_clips: int = 1) -> None:
+        """The clips of a sample were read."""
+        self.num_read += num_clips
         self._in_a_row = 0
 
-    def bad(self, request: ClipRequest, error: BadClipError) -> None:
-        """A clip cannot be read, and another one is about to take its place.
+    def bad(self, request: ClipRequest, error: BadClipError, replaces: bool = True) -> None:
+        """A clip cannot be read, and another one is about to take its place. `replaces` is False where its sample is being
+        replaced already, as that of a pair whose other clip is bad too.
 
         Raises:
             DataError: they are too many.
         """
         self.num_read += 1
-        self.num_replaced += 1
+        self.num_replaced += replaces
         self._in_a_row += 1
         name = _name(request)
         self._seen.add(name)

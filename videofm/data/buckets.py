@@ -338,7 +338,8 @@ def describe_steps(config: DataConfig) -> str:
         sizes = ", ".join(str(bucket) for bucket in Buckets(config).all)
         return f"{config.num_micro_batches} packs of up to {config.packing.num_tokens:,} tokens, of clips of {sizes},"
     if config.buckets is None:
-        return f"{config.mean_step_samples:g} clips of {config.num_frames}x{config.height}x{config.width}"
+        samples = "clips" if config.pairs is None else "pairs"
+        return f"{config.mean_step_samples:g} {samples} of {config.num_frames}x{config.height}x{config.width}"
     batches = [f"{bucket.micro_batch_size} clips of {bucket}" for bucket in Buckets(config).all]
     return f"{config.num_micro_batches} micro-batches of one cost, each of {' or '.join(batches)},"
 

@@ -40,6 +40,7 @@ class Draw:
     `stride` is in stored frames. Frames are resized to `resized` (height, width); `top` and `left` are the corner of the
     window of `height` x `width` in them. `shard` is the row of its shard in the manifest, `source` the name of its dataset in a
     mix, `step` the number of the optimizer step that it is drawn for, `instead_of` the sample that cannot be read, for a spare.
+    `pair` is the id of the pair that the clip is one side of, in an order of pairs.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Draw:
     source: str = ""
     step: int = 0
     instead_of: str = ""
+    pair: str = ""
 
     @property
     def frames(self) -> range:
@@ -64,8 +66,9 @@ class Draw:
 
     @property
     def sample_id(self) -> str:
-        """Names this draw; every random number about the sample is keyed by it."""
-        name = f"{self.source}/{self.key}@{self.epoch}" if self.source else f"{self.key}@{self.epoch}"
+        """Names this draw; every random number about the sample is keyed by it. Both sides of a pair have that of the pair."""
+        drawn = self.pair or self.key
+        name = f"{self.source}/{drawn}@{self.epoch}" if self.source else f"{drawn}@{self.epoch}"
         return f"{name}~{self.instead_of}" if self.instead_of else name
 
 
@@ -75,6 +78,15 @@ def by_size(draws: Sequence[Draw]) -> list[list[Draw]]:
     for draw in draws:
         groups.setdefault((draw.num_frames, draw.height, draw.width), []).append(draw)
     return list(groups.values())
+
+
+def units(draws: Sequence[Draw]) -> list[list[int]]:
+    """What counts as one sample of a micro-batch, and is replaced as one, as numbers of its draws: a clip or, where winners
+    stand before losers, a pair."""
+    if draws and draws[0].pair:
+        half = len(draws) // 2
+        return [[index, half + index] for index in range(half)]
+    return [[index] for index in range(len(draws))]
 
 
 @dataclass(frozen=True)

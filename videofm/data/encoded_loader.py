@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from videofm.config.data import DataConfig
-from videofm.data.draws import by_size
+from videofm.data.draws import by_size, units
 from videofm.data.encoded import Asked, EncodedClip, batch_fields
 from videofm.data.fixed import clip_request
 from videofm.data.loader import Step, StepLoader
@@ -87,8 +87,11 @@ class EncodedLoader(StepLoader):
 
     def _encoded_batch(self, draws: Sequence[Draw], found: Sequence[EncodedClip | BadClipError], step: StepPlan) -> Batch:
         """The micro-batch, with spares in the place of clips that cannot be encoded."""
-        read = [self._spare(draw, clip) for draw, clip in zip(draws, found, strict=True)]
-        used = [draw for draw, _ in read]
+        read: dict[int, tuple[Draw, EncodedClip]] = {}
+        for unit in units(draws):
+            spares = self._spares([draws[index] for index in unit], [found[index] for index in unit])
+            read |= dict(zip(unit, spares, strict=True))
+        used, clips = zip(*(read[index] for index in range(len(draws))), strict=True)
         records = [self.plan.record(draw) for draw in used]
         return Batch(
             video=torch.zeros(len(used), 3, 0, 0, 0),
@@ -97,22 +100,27 @@ class EncodedLoader(StepLoader):
             sample_ids=[draw.sample_id for draw in used],
             step=step.after.step - 1,
             num_step_samples=step.num_samples,
-            **batch_fields([clip for _, clip in read], self.source.max_length),
+            **batch_fields(clips, self.source.max_length),
+            **self.plan.batch_fields(used),
         )
 
-    def _spare(self, drawn: Draw, found: EncodedClip | BadClipError) -> tuple[Draw, EncodedClip]:
-        """What is made of a draw, or of the first of its spares that can be encoded."""
-        draw, num_spares = drawn, 0
-        while isinstance(found, BadClipError):
-            self.bad_clips.bad(self._ask(draw).request, found)
-            draw, num_spares = self.plan.replacement(drawn, num_spares), num_spares + 1
-            asked = self._ask(draw)
-            try:
-                found = self.bad_clips.problem(asked.request) or self.source.encoded(asked)
-            except BadClipError as error:
-                found = error
-        self.bad_clips.good()
-        return draw, found
+    def _spares(self, drawn: list[Draw], found: Sequence[EncodedClip | BadClipError]) -> list[tuple[Draw, EncodedClip]]:
+        """What is made of the draws of one sample, or of those of the first of its spares that can be encoded."""
+        draws, num_spares = drawn, 0
+        while bad := [(draw, error) for draw, error in zip(draws, found, strict=True) if isinstance(error, BadClipError)]:
+            self._blame([(draw, self._ask(draw).request, error) for draw, error in bad])
+            draws, num_spares = [self.plan.replacement(draw, num_spares) for draw in drawn], num_spares + 1
+            found = [self._encode(draw) for draw in draws]
+        self.bad_clips.good(len(draws))
+        return [(draw, clip) for draw, clip in zip(draws, found, strict=True) if isinstance(clip, EncodedClip)]
+
+    def _encode(self, draw: Draw) -> EncodedClip | BadClipError:
+        """What is made of a draw, or why it cannot be encoded."""
+        asked = self._ask(draw)
+        try:
+            return self.bad_clips.problem(asked.request) or self.source.encoded(asked)
+        except BadClipError as error:
+            return error
 
     def _beside(self, draw: Draw) -> EncodedClip:
         """The text of a decoded clip."""

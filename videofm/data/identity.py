@@ -44,10 +44,10 @@ def identity_of(config: DataConfig, seed: int, sources: Sequence[ClipSource]) ->
 
 
 def flat(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of an identity; those of `buckets`, `packing` and of each dataset of a mix by themselves."""
+    """The fields of an identity; those of `buckets`, `packing`, `pairs` and of each dataset of a mix by themselves."""
     found: dict[str, Any] = {}
     for name, value in identity.items():
-        if isinstance(value, Mapping) and (name in ("buckets", "packing", "mix") or prefix == "mix."):
+        if isinstance(value, Mapping) and (name in ("buckets", "packing", "pairs", "mix") or prefix == "mix."):
             found |= flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value

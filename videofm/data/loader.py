@@ -23,13 +23,14 @@ from videofm.data import storage
 from videofm.data.bad_clips import BadClips
 from videofm.data.buffers import Buffers
 from videofm.data.cache import ShardCache
-from videofm.data.draws import by_size
+from videofm.data.draws import by_size, units
 from videofm.data.fixed import clip_request
 from videofm.data.index import ClipRecord
 from videofm.data.manifest import Manifest
 from videofm.data.packing import pack
-from videofm.data.plan import REMEMBERED_STEPS, DataPlan, Draw, PlanState, StepPlan
-from videofm.data.reader import BadClipError, ClipReader, ReaderSettings, resize, video_tensor, video_view
+from videofm.data.pairs import open_plan
+from videofm.data.plan import REMEMBERED_STEPS, Draw, PlanState, StepPlan
+from videofm.data.reader import BadClipError, ClipReader, ClipRequest, ReaderSettings, resize, video_tensor, video_view
 from videofm.data.workers import Decoding, InProcess, Job, WorkerPool
 from videofm.errors import DataError
 from videofm.files import sha256_of
@@ -100,7 +101,7 @@ class StepLoader:
         """
         self.config, self.data_rank, self.data_degree = config, data_rank, data_degree
         self.settings = reader_settings(config)
-        self.plan = DataPlan.open(config, seed, self._fetch if config.reading.cache_dir is not None else None)
+        self.plan = open_plan(config, seed, self._fetch if config.reading.cache_dir is not None else None)
         self.bad_clips = BadClips(config.reading.max_replaced_share, quarantine)
         self.counts: Counter[str] = Counter()
         self._reader, self._frames = ClipReader(self.settings), Buffers()
@@ -169,29 +170,53 @@ class StepLoader:
         job.finish(problem)
         return _Asked(drawn, draw, record, job, num_spares)
 
-    def _read(self, decoding: Decoding, sample: _Asked) -> _Asked:
-        """Wait for a sample; it, or the spare that took its place."""
+    def _read(self, decoding: Decoding, unit: list[_Asked]) -> list[_Asked]:
+        """Wait for the clips of a sample; them, or those of the spare that took its place."""
         while True:
-            try:
-                if sample.job.error is not None:
-                    raise sample.job.error
-                decoding.wait(sample.job)
-                sample.beside = self._beside(sample.draw)
-            except BadClipError as error:
-                self.bad_clips.bad(sample.job.request, error)
-                error.__traceback__ = None  # the pool remembers the error, and this would keep the frames of each sample
-                spare = self.plan.replacement(sample.drawn, sample.num_spares)
-                sample = self._sample(decoding, sample.drawn, spare, sample.job.out, sample.num_spares + 1)
-            else:
-                self.bad_clips.good()
-                return sample
+            # All are waited for, as a spare is read into the same memory.
+            found = [(sample, self._problem(decoding, sample)) for sample in unit]
+            bad = [(sample.draw, sample.job.request, error) for sample, error in found if error is not None]
+            if not bad:
+                self.bad_clips.good(len(unit))
+                return unit
+            self._blame(bad)
+            spares = [self.plan.replacement(sample.drawn, sample.num_spares) for sample in unit]
+            unit = [
+                self._sample(decoding, sample.drawn, spare, sample.job.out, sample.num_spares + 1)
+                for sample, spare in zip(unit, spares, strict=True)
+            ]
+
+    def _problem(self, decoding: Decoding, sample: _Asked) -> BadClipError | None:
+        """Wait for a clip; why it cannot be read, or None."""
+        try:
+            if sample.job.error is not None:
+                raise sample.job.error
+            decoding.wait(sample.job)
+            sample.beside = self._beside(sample.draw)
+        except BadClipError as error:
+            error.__traceback__ = None  # the pool remembers the error, and this would keep the frames of each sample
+            return error
+        return None
+
+    def _blame(self, bad: Sequence[tuple[Draw, ClipRequest, BadClipError]]) -> None:
+        """Write down the clips of one sample that cannot be read.
+
+        Raises:
+            DataError: they are too many, or the plan does not let another sample take its place.
+        """
+        for number, (draw, request, error) in enumerate(bad):
+            self.plan.check_replaceable(draw, error)
+            self.bad_clips.bad(request, error, replaces=number == 0)
 
     def _batch(self, decoding: Decoding, micro_batch: list[_MicroBatch], step: StepPlan) -> Batch:
         parts = [self._batch_of_size(decoding, part, step) for part in micro_batch]
         return parts[0] if self.config.packing is None else pack(parts)
 
     def _batch_of_size(self, decoding: Decoding, micro_batch: _MicroBatch, step: StepPlan) -> Batch:
-        samples = [self._read(decoding, sample) for sample in micro_batch.samples]
+        samples = list(micro_batch.samples)
+        for unit in units([sample.drawn for sample in samples]):
+            for index, sample in zip(unit, self._read(decoding, [samples[index] for index in unit]), strict=True):
+                samples[index] = sample
         return Batch(
             video=video_view(micro_batch.frames),
             captions=[sample.record.caption for sample in samples],
@@ -200,6 +225,7 @@ class StepLoader:
             step=step.after.step - 1,
             num_step_samples=step.num_samples,
             **self._fields([sample.beside for sample in samples]),
+            **self.plan.batch_fields([sample.draw for sample in samples]),
         )
 
     def _beside(self, draw: Draw) -> Any:

@@ -34,7 +34,7 @@ from typing import Any
 
 from videofm.config.data import DataConfig
 from videofm.data.buckets import Bucket, BucketBatch, Buckets, Pack, covering, fill_of
-from videofm.data.draws import Clip, Draw, PlanState, generator
+from videofm.data.draws import Clip, Draw, PlanState, generator, units
 from videofm.data.identity import DEFAULTS, flat, identity_of
 from videofm.data.index import ClipRecord
 from videofm.data.manifest import Manifest
@@ -64,8 +64,8 @@ class StepPlan:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the step over all ranks, videos and images."""
-        return sum(map(len, self.micro_batches))
+        """Samples of the step over all ranks: videos and images, or pairs."""
+        return sum(len(units(draws)) for draws in self.micro_batches)
 
     def share(self, data_rank: int, data_degree: int) -> list[list[Draw]]:
         """The micro-batches of one data rank, in order.
@@ -142,6 +142,10 @@ class DataPlan:
         """Clips of the splits that are read, usable or not."""
         return sum(source.num_clips for source in self.sources.values())
 
+    def describe(self) -> str:
+        """What is read, in words."""
+        return f"{self.num_clips:,} clips"
+
     def num_usable(self, at_most: int) -> int:
         """How many clips can be used; counting ends at `at_most`, so that no more shards are read than it takes."""
         found = 0
@@ -214,6 +218,14 @@ class DataPlan:
             bucket = next(b for b in self.buckets.all if (b.num_frames, b.height, b.width) == size)
             spare = self._bucket_draw(source, clip, bucket, draw.step)
         return replace(spare, instead_of=draw.sample_id)
+
+    def check_replaceable(self, draw: Draw, error: DataError) -> None:
+        """Refuse, where the config says so, that another takes the place of `draw`, which cannot be read because of `error`;
+        here it does not."""
+
+    def batch_fields(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """More fields of the `Batch` of the draws that were read for a micro-batch; here there are none."""
+        return {}
 
     def check(self, identity: dict[str, Any]) -> None:
         """Refuse a position that belongs to another order.

@@ -151,7 +151,7 @@ ROLES = {
 
 def train(shared: dict[str, Any], kind: str, source: dict[str, Any], **objective: Any) -> TrainConfig:
     values = data_config(shared["config"]).model_dump() | source
-    rest = {"optimizer": {"lr": 1e-3}, "trainer": {"max_steps": 1}, "models": ROLES[kind]}
+    rest = {"optimizer": {"lr": 1e-3, "ema_decay": 0}, "trainer": {"max_steps": 1}, "models": ROLES[kind]}
     return TrainConfig.model_validate({"kind": "train", "objective": {"kind": kind, **objective}, "data": values} | rest)
 
 

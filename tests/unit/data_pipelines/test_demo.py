@@ -108,3 +108,22 @@ def test_speed_is_that_of_the_config():
         assert (centre[-1] - centre[0]) / 11 == pytest.approx(0.4 * size / 32, rel=0.15)
     with pytest.raises(ValueError, match="speed is"):
         DemoDataConfig(kind="demo_data", speed=[1.0, 0.5])
+
+
+def test_a_share_of_the_captions_tells_another_direction_and_the_pixels_do_not():
+    """Of 480 shots with a share of a half, 4 standard deviations are 4 * sqrt(480) / 2 = 44 shots; of the 240 that are wrong,
+    each of the three other turns has 80, with 4 standard deviations of 4 * sqrt(240 * 2 / 9) = 29."""
+    config = CONFIG.model_copy(update={"num_videos": 40, "shots_per_video": 12, "wrong_direction": 0.5})
+    plan = demo.plan_shots(config)
+    assert plan == demo.plan_shots(config.model_copy(update={"wrong_direction": 0.0}))
+    pairs = [pair for index, shots in enumerate(plan) for pair in zip(shots, demo.told(config, index, shots), strict=True)]
+    wrong = [(shown, said) for shown, said in pairs if shown != said]
+    assert abs(len(wrong) - 240) < 44
+    names, turns = list(shapes.DIRECTIONS), [0, 0, 0, 0]
+    for shown, said in wrong:
+        assert (said.colour, said.shape) == (shown.colour, shown.shape)
+        turns[(names.index(said.direction) - names.index(shown.direction)) % 4] += 1
+    assert turns[0] == 0 and all(abs(count - len(wrong) / 3) < 29 for count in turns[1:])
+    whole = config.model_copy(update={"wrong_direction": 1.0})
+    assert all(a.direction != b.direction for a, b in zip(plan[0], demo.told(whole, 0, plan[0]), strict=True))
+    assert demo.told(CONFIG, 0, plan[0]) == plan[0]
