@@ -94,7 +94,7 @@ def config(stage: int, degree: int) -> TrainConfig:
                 "manifest": "none", "num_frames": 5, "height": 32, "width": 32,
                 "micro_batch_size": SAMPLES // GROUPS, "num_micro_batches": GROUPS,
             },
-            "optimizer": {"lr": max(RATES), "grad_clip": 0.0, "weight_decay": 0.0},
+            "optimizer": {"lr": max(RATES), "grad_clip": 0.0, "weight_decay": 0.0, "ema_decay": 0.0},
             "trainer": {"max_steps": STEPS, "precision": "fp32"},
             "parallel": {"zero_stage": stage, "data_degree": degree},
         }

@@ -106,12 +106,14 @@ def sharing(mesh: Any) -> dict[str, Any]:
 
 
 def comparing(mesh: Any) -> dict[str, str]:
-    """What the comparison says of equal things, of one pixel of the last rank, and of one weight of it."""
+    """What the comparison says of equal things, of one pixel of the last rank, and of one weight and one buffer of it."""
     from videofm.train.share import compare_holdings
 
     last = mesh.rank == mesh.world_size - 1
-    weights = {f"model.{index}": torch.ones(3) * (1 + mesh.tensor_rank) for index in range(20)}
-    weights["model.13"] = weights["model.13"] + 1e-6 * last
+    values = {f"model.{index}": torch.ones(3) * (1 + mesh.tensor_rank) for index in range(20)}
+    values["model.13"] += 1e-6 * last
+    weights: dict[str, torch.Tensor] = {name: torch.nn.Parameter(value) for name, value in values.items()}
+    weights |= {"model.book": torch.ones(3), "model.counts": torch.ones(3)}
     batches = [micro_batch(mesh.data_rank, 0, index) for index in range(2)]
 
     def say(turn: int, changed: bool) -> str:
@@ -119,7 +121,9 @@ def comparing(mesh: Any) -> dict[str, str]:
             batches[1].parts[1].video[0, 0, 0, 0, 0] += 1e-6
         return raised(ParallelError, compare_holdings, 7, turn, batches, weights, mesh)
 
-    return {"equal": say(0, False), "weight": say(1, False), "video": say(0, True)}
+    said = {"equal": say(0, False), "weight": say(1, False)}
+    weights["model.counts"] += 1e-6 * last
+    return said | {"buffer": say(0, False), "video": say(0, True)}
 
 
 def ordering(mesh: Any) -> dict[str, str]:
@@ -135,12 +139,15 @@ def ordering(mesh: Any) -> dict[str, str]:
 
 def work(rank: int, world_size: int) -> dict[Any, dict[str, Any]]:
     from videofm.parallel.mesh import parallel_state, split_mesh
+    from videofm.parallel.replicated import Replicated
 
     results = {}
     for degrees in ((2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (4, 1, 1)):
         data, context, tensor = degrees
         mesh = split_mesh(ParallelConfig(data_degree=data, context_degree=context, tensor_degree=tensor), CPU)
         found: dict[str, Any] = {"sum": mesh.sum(torch.tensor(10.0**mesh.data_rank)).item()}
+        value, ranks = torch.tensor([10.0**mesh.data_rank + 1e-3 * (not mesh.is_leader)]), Replicated(mesh)
+        found["replicated"] = [ranks.sum(value.clone()).tolist(), ranks.gather(value.clone()).tolist()]
         found["any"] = [mesh.any_rank(rank == 3), mesh.any_rank(False)]
         mesh.barrier()
         found |= {"leader": mesh.is_leader, "data": mesh.data_rank, "sharing": sharing(mesh), "comparing": comparing(mesh)}
@@ -168,6 +175,13 @@ def test_sums_go_over_samples_and_questions_to_all(results: Any) -> None:
         assert found["any"] == [True, False], case
 
 
+def test_ranks_that_share_samples_take_the_sums_of_their_leader(results: Any) -> None:
+    """Others than leaders have a thousandth more, of which nothing is left; leaders have powers of ten, one a data rank."""
+    for case, (data, _, _), found in every(results):
+        powers = [10.0**rank for rank in range(data)]
+        assert found["replicated"] == [[sum(powers)], powers], case
+
+
 def test_one_rank_reads_for_all_that_share_samples(results: Any) -> None:
     for case, degrees, found in every(results):
         shared = found["sharing"]
@@ -180,7 +194,8 @@ def test_one_rank_reads_for_all_that_share_samples(results: Any) -> None:
 
 
 def test_what_differs_is_named(results: Any) -> None:
-    """Everybody in the group hears it; the weight is the 14th of 20, in the second turn of eight, and of context ranks only."""
+    """Everybody in the group hears it. The weight is the 14th of 20, in the second turn of eight, the buffer the second of two,
+    in every turn; both of context ranks only."""
     for case, degrees, found in every(results):
         said, rank = found["comparing"], int(case.split()[1])
         assert said["equal"] == "", case
@@ -196,6 +211,8 @@ def test_what_differs_is_named(results: Any) -> None:
         contexts = {(2, 2, 1): [2, 3], (1, 2, 2): [1, 3], (1, 4, 1): [0, 1, 2, 3]}.get(degrees, [])
         told = f"after step 7 rank 3 and rank {contexts[0]} differ in weight model.13," if rank in contexts else ""
         assert said["weight"].startswith(told) and bool(said["weight"]) == bool(told), case
+        told = told.replace("weight model.13", "buffer model.counts")
+        assert said["buffer"].startswith(told) and bool(said["buffer"]) == bool(told), case
 
 
 def test_ranks_that_would_read_other_orders_are_told_so(results: Any) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from videofm.errors import CheckpointError, ConfigError
 from videofm.models.catalog import adapter as adapter_of
 from videofm.models.spec import KeyMap, list_all_keys, list_keys
+from videofm.ops.adapters import LEARNER, is_adapter
 
 PUBLIC_FILE = "pytorch_lora_weights.safetensors"
 _BASE = ".base_layer."
-_NAME = "default"
-_ENDS = {matrix: f".lora_{matrix}.{_NAME}.weight" for matrix in "AB"}
+_ENDS = {matrix: f".lora_{matrix}.{LEARNER}.weight" for matrix in "AB"}
 """How peft ends the names of the two matrices of a layer."""
 
 
@@ -78,7 +78,7 @@ def inject_lora(model: nn.Module, rank: int, alpha: float | None = None, targets
     spec = LoraSpec(rank, float(alpha or rank), tuple(targets))
     chosen = [name for name in linear if any(fnmatch(name, pattern) for pattern in targets)]
     config = peft.LoraConfig(r=rank, lora_alpha=spec.alpha, target_modules=chosen, lora_dropout=0.0, bias="none")  # type: ignore[arg-type]
-    peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
+    peft.inject_adapter_in_model(config, model, adapter_name=LEARNER)
     model.lora = spec  # type: ignore[assignment]
     freeze_all_but_lora(model)
 
@@ -96,13 +96,13 @@ def freeze_all_but_lora(model: nn.Module) -> None:
 
 
 def is_lora(key: str) -> bool:
-    """Whether a tensor of this name is an adapter's."""
+    """Whether a tensor of this name is one of the adapters that train; a second one beside them (`ops.adapters`) is not."""
     return key.endswith(tuple(_ENDS.values()))
 
 
 def without_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a model with adapters without them, under the names that it had before."""
-    return {key.replace(_BASE, "."): tensor for key, tensor in state.items() if not is_lora(key)}
+    """The state dict of a model with adapters without any of them, under the names that it had before."""
+    return {key.replace(_BASE, "."): tensor for key, tensor in state.items() if not is_adapter(key)}
 
 
 @torch.no_grad()

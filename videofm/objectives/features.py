@@ -18,6 +18,7 @@ from videofm.config.flow_matching import FeaturesConfig
 from videofm.errors import ConfigError, DataError
 from videofm.objectives.host import from_host, on_host
 from videofm.objectives.latent_tokens import check_channels, check_started
+from videofm.objectives.roles import check_kinds
 from videofm.objectives.tokens import Features
 from videofm.objectives.tolerance import channel_statistics, corrupt, sample_uncertainty, spreads
 from videofm.ops.patchify import tokens_from_latents
@@ -47,9 +48,11 @@ class FeatureSource:
         """Refuse models that do not fit together.
 
         Raises:
-            ConfigError: a tokenizer is for latents of other channels than those of the role `vae`, has a codebook that never
-                started, or codes that cannot be corrupted; or the dit takes features of other channels.
+            ConfigError: a model is of another kind than its role takes; a tokenizer is for latents of other channels than those
+                of the role `vae`, has a codebook that never started, or codes that cannot be corrupted; or the dit takes
+                features of other channels.
         """
+        check_kinds(models)
         found = models["vae"].latent_channels
         for role in self.roles:
             check_channels(models[role], models["vae"])

@@ -114,7 +114,7 @@ class FlowMatchingObjective:
         total = (mse if weight is None else tokens.means(squares, weight)).sum()
         level = tokens.sigma if tokens.sigma.ndim == 1 else tokens.means(tokens.sigma[:, :, None])
         metrics = {"loss": total.detach(), "mse": mse.detach().sum(), "sigma": level.sum()}
-        return Loss(total, metrics | drawn.metrics | self._shares(drawn.given, tokens) | _cost(dit, tokens, text))
+        return Loss(total, metrics | drawn.metrics | self._shares(drawn.given, tokens) | cost(dit, tokens, text))
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
         """Refuse models that do not fit the config, or each other.
@@ -163,10 +163,14 @@ class FlowMatchingObjective:
         levels, mask = (sigma, None) if given is None else (given.levels(sigma), given.mask)
         return TokenBatch(tokens_from_latents(clean), tokens_from_latents(noise), levels, coordinates, mask, features)
 
-    def squared_errors(self, dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> Tensor:
-        """Squares of predicted velocity minus `noise - clean`, `(B, L, C)` float32, also under autocast; `text` has B rows."""
+    def residuals(self, dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> Tensor:
+        """Predicted velocity minus `noise - clean`, `(B, L, C)` float32, also under autocast; `text` has B rows."""
         predicted = dit(tokens.noisy, tokens.sigma, text, tokens.coordinates, **_guidance(tokens.features))
-        return (predicted.float() - tokens.velocity.float()).square()
+        return predicted.float() - tokens.velocity.float()
+
+    def squared_errors(self, dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> Tensor:
+        """Squares of `residuals`."""
+        return self.residuals(dit, tokens, text).square()
 
     def packed_squared_errors(self, dit: nn.Module, parts: Sequence[TokenBatch], text: Conditioning) -> list[Tensor]:
         """`squared_errors` of each part, all of which go through the model in one sequence; `text` has a row for each clip."""
@@ -228,7 +232,7 @@ def _cells(latents: Tensor) -> tuple[int, int, int]:
     return num_frames, rows, columns
 
 
-def _cost(dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> dict[str, Tensor]:
+def cost(dit: nn.Module, tokens: TokenBatch, text: Conditioning) -> dict[str, Tensor]:
     """Sums over the samples of what they cost; made on the device, without a copy from the host."""
     size, num_tokens = tokens.clean.shape[:2]
     num_text = text.embeddings.shape[1] + (0 if text.clip_embeddings is None else text.clip_embeddings.shape[1])

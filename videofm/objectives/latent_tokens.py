@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from videofm.config.latent_tokens import LatentTokensConfig
 from videofm.errors import ConfigError
 from videofm.objectives.latents import check_statistics, clean_latents
+from videofm.objectives.roles import check_kinds
 from videofm.types import Batch, Loss, Ranks, SampleRng
 
 
@@ -24,11 +25,13 @@ class LatentTokensObjective:
         self.config = config
 
     def check(self, models: Mapping[str, nn.Module]) -> None:
-        """Refuse a VAE with other statistics than the config names, or another number of channels than the tokenizer takes.
+        """Refuse models of another kind, a VAE with other statistics than the config names, or another number of channels than
+        the tokenizer takes.
 
         Raises:
-            ConfigError: either.
+            ConfigError: any of these.
         """
+        check_kinds(models)
         check_statistics(models["vae"], self.config.latent_statistics_hash)
         check_channels(models["tokenizer"], models["vae"])
 

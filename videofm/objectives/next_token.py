@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from videofm.config.next_token import NextTokenConfig
-from videofm.errors import ConfigError, DataError
+from videofm.errors import ConfigError
 from videofm.objectives.host import on_host
 from videofm.objectives.latent_tokens import check_started
+from videofm.objectives.roles import check_kinds
 from videofm.objectives.texts import cut_shares, drop_captions, text_of
 from videofm.types import Batch, Conditioning, Loss, SampleRng
 
@@ -54,9 +55,10 @@ class NextTokenObjective:
         """Refuse models that do not fit together.
 
         Raises:
-            ConfigError: another vocabulary than the tokenizer's, a tokenizer of several codebooks or whose codebook never
-                started, or text that the model does not take.
+            ConfigError: a model of another kind than its role takes, another vocabulary than the tokenizer's, a tokenizer of
+                several codebooks or whose codebook never started, or text that the model does not take.
         """
+        check_kinds(models)
         ar: Any = models["ar"]
         tokenizer: Any = models["tokenizer"]
         text_encoder: Any = models["text_encoder"]
@@ -101,10 +103,10 @@ class NextTokenObjective:
 
         Raises:
             ConfigError: a micro-batch without tokens.
-            DataError: ids out of range, or a grid with more rows or columns than the model knows.
+            DataError: ids out of range (seen on the CPU), or a grid with more rows or columns than the model knows.
         """
         ar: Any = models["ar"]
-        windows = self.draw_windows(checked_indices(batch, ar.config.vocab_size), rng)
+        windows = self.draw_windows(_indices(batch), rng)
         captions = drop_captions(batch.captions, on_host(rng).uniform("caption"), self.config.caption_dropout)
         text = text_of(models["text_encoder"], batch, captions, self.config.train_text_encoder)
         errors = token_errors(ar, windows, text)
@@ -136,29 +138,14 @@ class NextTokenObjective:
         return Windows(cut, ["continue" if first else "start" for first in firsts])
 
 
-def checked_indices(batch: Batch, vocab_size: int) -> Tensor:
-    """The tokens `(B, T', H', W')` of a micro-batch.
-
-    Ids that lie on the CPU are looked at; on a GPU that would make the host wait, and the loader has looked at them before.
-
-    Raises:
-        ConfigError: there are none.
-        DataError: ids that the model does not have.
-    """
-    indices = batch.indices
-    if indices is None:
+def _indices(batch: Batch) -> Tensor:
+    """The tokens `(B, T', H', W')` of a micro-batch."""
+    if batch.indices is None:
         raise ConfigError(
             "objective next_token trains on tokens, and the batch has none: run `videofm encode` with the section `tokens`, "
             "and set data.cache.path to its run and data.cache.mode to tokens (or tokens_text)."
         )
-    if indices.device.type == "cpu" and indices.numel():
-        lowest, highest = int(indices.min()), int(indices.max())
-        if lowest < 0 or highest >= vocab_size:
-            raise DataError(
-                f"token ids from {lowest} to {highest}, but the ar model has a vocabulary of {vocab_size}, ids 0 to "
-                f"{vocab_size - 1}: these tokens are another tokenizer's. Encode the clips again with the one of this training."
-            )
-    return indices
+    return batch.indices
 
 
 def token_errors(ar: Any, windows: Windows, text: Conditioning) -> TokenErrors:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from videofm.types import lasting_id
+
 
 def derive_seed(*key: int | str) -> int:
     """A 63-bit seed from a key of integers and strings; equal keys give equal seeds, on every machine."""
@@ -27,7 +29,7 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 class KeyedRng:
     """The draws of one micro-batch (see `types.SampleRng`): row i is a function of (seed, step, sample_ids[i], name)."""
 
-    def __init__(self, seed: int, step: int, sample_ids: Sequence[str], device: torch.device | str = "cpu") -> None:
+    def __init__(self, seed: int, step: int | str, sample_ids: Sequence[str], device: torch.device | str = "cpu") -> None:
         self.seed, self.step, self.sample_ids, self.device = seed, step, list(sample_ids), device
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -45,6 +47,10 @@ class KeyedRng:
     def rows(self, first: int, end: int) -> KeyedRng:
         """The draws of the samples from number `first` to before `end` alone."""
         return KeyedRng(self.seed, self.step, self.sample_ids[first:end], self.device)
+
+    def fixed(self, number: int) -> KeyedRng:
+        """Draws number `number` of each sample, the same in every step and epoch."""
+        return KeyedRng(self.seed, f"fixed {number}", [lasting_id(name) for name in self.sample_ids], self.device)
 
     def _draw(self, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = [draw(keyed_generator(self.seed, self.step, sample_id, name)) for sample_id in self.sample_ids]

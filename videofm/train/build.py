@@ -16,6 +16,7 @@ from videofm.config.train import ModelConfig, TrainConfig
 from videofm.data.buckets import describe_steps
 from videofm.data.loader import StepLoader
 from videofm.errors import ConfigError, ParallelError
+from videofm.objectives.roles import check_kinds
 from videofm.parallel.layout import layout_of
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.rng import derive_seed
@@ -24,7 +25,7 @@ from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
 from videofm.train.engine import PhaseEngine
 from videofm.train.optim import MovingAverage, num_elements
-from videofm.train.zero import check_offload, check_scaling
+from videofm.train.zero import check_offload, check_scaling, shard_frozen
 from videofm.types import Objective
 
 
@@ -71,6 +72,8 @@ def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLo
             if role in config.models and config.models[role].freeze_base:
                 models.freeze_base(model)
         _parallelize(model, mesh, config, role)
+        if config.parallel.zero_stage == 3 and not trained and transformers({role: model}):
+            shard_frozen(model, config.parallel, mesh.device)  # as large as what trains
     engines = {phase: PhaseEngine(models_, objective, phase, config, mesh) for phase in objective.phases}
     averages: dict[str, MovingAverage] = {}
     for phase, roles in objective.phases.items():
@@ -169,14 +172,23 @@ def trained_roles(objective: Objective) -> tuple[str, ...]:
 
 
 def build_models(config: TrainConfig, device: str = "cpu") -> dict[str, nn.Module]:
-    """Every role's model, new ones with weights drawn from (seed, role): the same on every rank and in every run."""
-    own = getattr(build_objective(config), "own_models", {})
+    """Every role's model, new ones with weights drawn from (seed, role): the same on every rank and in every run.
+
+    Raises:
+        ConfigError: a role has a model of another kind than it takes, or one that cannot be built.
+        CheckpointError: weights are missing, or do not fit.
+    """
+    objective = build_objective(config)
+    own = getattr(objective, "own_models", {})
     wanted = {**config.models, **{role: ModelConfig.model_validate(fields) for role, fields in own.items()}}
     built = {}
     for role, model_config in wanted.items():
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(config.seed, "weights", role))
             built[role] = _build_model(model_config, device)
+    check_kinds(built)
+    if extend := getattr(objective, "extend", None):
+        extend(built)
     return built
 
 
@@ -262,6 +274,9 @@ def dry_run(config: TrainConfig) -> str:
         # Whether `init_from` brings an injection is seen when it is loaded.
         frozen = model_config.freeze_base and model_config.injection is not None
         model = _build_model(model_config.model_copy(update={"init_from": None, "freeze_base": frozen}), "meta")
+        check_kinds({role: model})
+        if check_context := models.model_spec(model.spec_name).check_context:
+            check_context(model, config.parallel.context_degree)
         count = sum(parameter.numel() for parameter in model.parameters())
         if role in trained_roles(objective):
             trained_models[role] = model

@@ -168,7 +168,7 @@ class SpotCheck:
         config, loader = job.config.data, job.loader
         assert config.cache is not None and isinstance(loader, EncodedLoader) and isinstance(loader.source, ClipCache)
         self.cache = loader.source
-        self.every = max(1, int(config.cache.spot_check_every / config.mean_step_samples))
+        self.every = max(1, int(config.cache.spot_check_every / config.mean_step_clips))
 
     def after_step(self, job: Job, position: PlanState, metrics: dict[str, float]) -> None:
         """Check a clip of the next step, where the count says so."""

@@ -57,16 +57,17 @@ def codebook_hash(tokenizer: nn.Module) -> str:
     config = dataclasses.asdict(tokenizer.config.quantizer)  # type: ignore[union-attr, call-overload, arg-type]
     total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     quantizer: nn.Module = tokenizer.quantizer  # type: ignore[assignment]
-    total.update(_tensors_hash(quantizer.state_dict()).encode())
+    total.update(tensors_hash(quantizer.state_dict()).encode())
     return total.hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 (hex) over names, types, shapes and bytes of all tensors of a model."""
-    return _tensors_hash(models.weights(model))
+    return tensors_hash(models.weights(model))
 
 
-def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, types, shapes and bytes of tensors."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -18,6 +18,7 @@ from videofm.config.train import TrainConfig
 from videofm.errors import VideofmError
 from videofm.parallel.collectives import naming
 from videofm.parallel.mesh import Mesh
+from videofm.parallel.replicated import Replicated
 from videofm.parallel.rng import KeyedRng
 from videofm.parallel.shards import gather_tensor
 from videofm.progress import LOG
@@ -33,7 +34,7 @@ from videofm.train.zero import (
     safe_set_local_optimizer_state,
     summed,
 )
-from videofm.types import Batch, Objective, Ranks
+from videofm.types import Batch, Objective, Precomputed, Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -67,6 +68,14 @@ class PhaseModule(nn.Module):
         rngs = [self._rng(batch) for batch in batches]
         with torch.autocast(batches[0].video.device.type, torch.bfloat16, enabled=self._autocast):
             return prepare(self._models, batches, rngs, self._phase, all_sum)
+
+    @torch.no_grad()
+    def measure(self, wanted: Precomputed, batch: Batch) -> Tensor:
+        """What an objective wants to know of the models before the first step, of R samples: `(R, num_draws, ...)`."""
+        rng = self._rng(batch)
+        with torch.autocast(batch.video.device.type, torch.bfloat16, enabled=self._autocast):
+            draws = [wanted.measure(self._models, batch, rng.fixed(number)) for number in range(wanted.num_draws)]
+        return torch.stack(draws, dim=1)
 
     def after_step(self, skipped: bool, ranks: Ranks) -> dict[str, float]:
         """What the objective does, and measures, once the step is done (see `types.Objective`)."""
@@ -152,7 +161,7 @@ class PhaseEngine:
                 self.engine.step()
         skipped = self._judged(batches[0].step)
         with naming("statistics after the step", self.mesh.data_group):
-            means |= self.module.after_step(skipped, self.mesh)
+            means |= self.module.after_step(skipped, Replicated(self.mesh))
         return {**means, "grad_norm": self._grad_norm, "skipped": float(skipped), "num_skipped": self.clip.num_skipped}
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from videofm.data.identity import DEFAULTS, flat
 from videofm.data.loader import Step, StepLoader
@@ -28,7 +28,7 @@ _SAMPLED = 1 << 16
 """Elements of a tensor that its digest reads, evenly spaced."""
 
 _WEIGHTS_A_TIME = 8
-"""Weights that one comparison looks at; the next one takes the next ones."""
+"""Parameters that one comparison looks at; the next one takes the next ones."""
 
 
 def shared_steps(loader: StepLoader, state: PlanState, mesh: Mesh) -> Iterator[Step]:
@@ -152,17 +152,24 @@ def compare_orders(identity: Mapping[str, Any], mesh: Mesh) -> None:
             )
 
 
-def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Mapping[str, Tensor], mesh: Mesh) -> None:
-    """See that ranks which share samples hold the same batches, and the context ranks among them the same weights.
+def held_tensors(models: Mapping[str, nn.Module], roles: Iterable[str]) -> dict[str, Tensor]:
+    """Name -> tensor of all that is stored of the models in `roles`: parameters, and buffers that no gradient moves, such as
+    codebooks. Parameters are themselves, so that shards of ZeRO 3 are known."""
+    return {f"{role}.{name}": value for role in roles for name, value in models[role].state_dict(keep_vars=True).items()}
 
-    Digests are of evenly spaced elements, bit by bit; of the weights a few at a time, in turn. Weights that ZeRO 3 shards are
-    on no rank whole and have no double that could differ.
+
+def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """See that ranks which share samples hold the same batches, and the context ranks among them the same weights and buffers.
+
+    Digests are of evenly spaced elements, bit by bit; of the parameters a few at a time, in turn. Buffers, which no gradient
+    keeps equal, are few, and all are looked at. Weights that ZeRO 3 shards are on no rank whole and have no double that could
+    differ.
 
     Args:
         step: the number of the optimizer step, for the message.
-        turn: how many comparisons there were before; says which weights are looked at.
+        turn: how many comparisons there were before; says which parameters are looked at.
         batches: the micro-batches of the step.
-        weights: name -> parameter, in one order on all ranks.
+        weights: name -> parameter or buffer, in one order on all ranks, as `held_tensors` gives them.
         mesh: all ranks of it call.
 
     Raises:
@@ -176,10 +183,12 @@ def compare_holdings(step: int, turn: int, batches: Iterable[Batch], weights: Ma
         for number, part in enumerate(batch.parts):
             read |= {f"{name} of part {number} of micro-batch {index}": value for name, value in _held(part).items()}
     _compare(step, read, mesh.sample_group, mesh.device)
-    whole = [name for name, weight in weights.items() if weight.shape == getattr(weight, "ds_shape", weight.shape)]
-    if mesh.context_degree > 1 and whole:
-        looked_at = {whole[(turn * _WEIGHTS_A_TIME + index) % len(whole)] for index in range(_WEIGHTS_A_TIME)}
-        held = {f"weight {name}": weights[name] for name in whole if name in looked_at}
+    parameters = {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+    whole = [name for name, weight in parameters.items() if weight.shape == getattr(weight, "ds_shape", weight.shape)]
+    looked_at = {whole[(turn * _WEIGHTS_A_TIME + index) % len(whole)] for index in range(_WEIGHTS_A_TIME) if whole}
+    held = {f"weight {name}": weights[name] for name in whole if name in looked_at}
+    held |= {f"buffer {name}": value for name, value in weights.items() if name not in parameters}
+    if mesh.context_degree > 1 and held:
         _compare(step, held, mesh.context_group, mesh.device)
 
 

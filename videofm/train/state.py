@@ -6,7 +6,8 @@ train_config.json (the run's resolved config)   state.json (step, position in th
 ```
 Tensors are whole and named by parameter, so that a checkpoint says nothing of degrees or ZeRO stages. Frozen roles do not
 change: they are written once, to `frozen/ROLE` of the run directory. Of a role that trains adapters only these are in the
-checkpoint; what they are added to is in `base/ROLE`.
+checkpoint; what they are added to is in `base/ROLE`, and a second adapter that a preference training compares with lies beside
+them, in `models/ROLE/reference.safetensors`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from videofm import models
 from videofm.checkpoint.save import CheckpointFiles, newest, prune, read_tensors, write_checkpoint
 from videofm.data.plan import PlanState
+from videofm.ops.adapters import REFERENCE, has_second_adapter, load_second_adapter, second_adapter_weights
 from videofm.parallel.mesh import Mesh
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory, read_json
@@ -81,6 +83,8 @@ def load_weights(folder: Path, built: Mapping[str, nn.Module], trained: tuple[st
     """Put the checkpoint's weights into freshly built models; before the engines are made, which copy them."""
     for role in trained:
         models.load_weights(built[role], read_tensors(folder, f"models/{role}/model"), folder)
+        if has_second_adapter(built[role]):
+            load_second_adapter(built[role], read_tensors(folder, f"models/{role}/{REFERENCE}"), str(folder))
 
 
 def load_state(job: Job, folder: Path) -> PlanState:
@@ -109,6 +113,8 @@ def _gather(job: Job, position: PlanState) -> CheckpointFiles:
     for role in job.trained_roles:
         values[f"models/{role}/model"] = models.describe(job.models[role])
         tensors[f"models/{role}/model"] = whole_weights(job, role)
+        if has_second_adapter(job.models[role]):  # with it only the run itself goes on: nothing else reads it
+            tensors[f"models/{role}/{REFERENCE}"] = second_adapter_weights(job.models[role])
     for role, average in job.averages.items():
         values[f"ema/{role}/model"] = models.describe(job.models[role])
         # Buffers, and weights that are frozen beside those that train, have no average.

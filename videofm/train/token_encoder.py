@@ -12,8 +12,10 @@ from videofm import models
 from videofm.config.encode import RolloutsConfig, TokensConfig
 from videofm.data.sidecar import differences
 from videofm.errors import ConfigError, DataError
+from videofm.objectives.roles import check_kinds
 from videofm.parallel.rng import derive_seed
 from videofm.sampling.autoregressive import TokenSampling, sample_tokens
+from videofm.sampling.origin import check_vae
 from videofm.sampling.token_guide import check_trained_window, trained_window
 from videofm.train.encoders import codebook_hash, identity, load_encoder, tiled, tiles
 
@@ -53,10 +55,18 @@ class TokenEncoder:
 
     @classmethod
     def load(cls, config: TokensConfig, device: str) -> TokenEncoder:
-        """The encoder of a config, on `device`."""
-        tokenizer = load_encoder(config.tokenizer, device)
+        """The encoder of a config, on `device`; where no run tells which VAE the tokenizer is of, the log says so.
+
+        Raises:
+            CheckpointError: a model is missing.
+            ConfigError: the tokenizer was trained on latents of another VAE, or is none.
+            DataError: see `Rollouts.load`.
+        """
+        tokenizer, vae = load_encoder(config.tokenizer, device), load_encoder(config.vae, device)
+        check_kinds({"tokenizer": tokenizer, "vae": vae})
+        check_vae(config.tokenizer.path, vae, "tokens.tokenizer", "tokens.vae")
         rollouts = None if config.rollouts is None else Rollouts.load(config.rollouts, tokenizer, device)
-        return cls(tokenizer, load_encoder(config.vae, device), config, device, rollouts)
+        return cls(tokenizer, vae, config, device, rollouts)
 
     def header(self) -> dict[str, Any]:
         """The part of a header that the models decide."""

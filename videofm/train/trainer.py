@@ -12,7 +12,7 @@ from videofm.errors import Interrupted
 from videofm.train.build import Job
 from videofm.train.busy import slowest_rank
 from videofm.train.optim import learning_rate
-from videofm.train.share import compare_holdings, shared_steps
+from videofm.train.share import compare_holdings, held_tensors, shared_steps
 from videofm.train.speed import with_speed
 
 
@@ -90,7 +90,7 @@ def _compare(job: Job, step: Step) -> None:
     """Each `parallel.digest_every` steps: see that ranks which share samples hold the same."""
     every = job.config.parallel.digest_every
     if every and step.after.step % every == 0:
-        weights = {f"{role}.{name}": value for role in job.trained_roles for name, value in job.models[role].named_parameters()}
+        weights = held_tensors(job.models, job.trained_roles)
         compare_holdings(step.after.step, step.after.step // every, step.batches, weights, job.mesh)
 
 

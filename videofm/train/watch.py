@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from videofm import media
 from videofm.config.flow_matching import FlowMatchingConfig
-from videofm.config.train import HeldOutConfig, SamplesConfig
+from videofm.config.train import TRAINS_A_DIT, HeldOutConfig, SamplesConfig
 from videofm.data.loader import StepLoader
 from videofm.data.plan import PlanState
 from videofm.evaluation.held_out_loss import held_out_loss
@@ -86,10 +86,12 @@ class HeldOut:
             DataError: the split has no clip of the configured size.
         """
         self.config = config
-        # Clips of one size at a time; a pack gives the same loss.
+        # Clips of one size at a time, each by itself; a pack gives the same loss.
         data = job.config.data
-        changes: dict[str, Any] = {"split": config.split, "num_workers": 0, "packing": None}
-        if data.mix is not None:  # a dataset's own split is that of the training
+        changes: dict[str, Any] = {"split": config.split, "num_workers": 0, "packing": None, "pairs": None}
+        if config.manifest is not None:
+            changes |= {"manifest": config.manifest, "mix": None, "view": None}
+        elif data.mix is not None:  # a dataset's own split is that of the training
             changes["mix"] = [source.model_copy(update={"split": None}) for source in data.mix]
         self._loader = StepLoader(data.model_copy(update=changes), job.config.seed)
 
@@ -155,8 +157,10 @@ def _is_due(job: Job, position: PlanState, every: int) -> bool:
 
 
 def _flow_matching(job: Job) -> FlowMatchingConfig:
-    assert isinstance(job.config.objective, FlowMatchingConfig), "the schema has checked it"
-    return job.config.objective
+    """How the objective noises clips: its own section, or what it has of flow matching."""
+    objective = job.config.objective
+    assert isinstance(objective, TRAINS_A_DIT), "the schema has checked it"
+    return objective if isinstance(objective, FlowMatchingConfig) else objective.flow_matching
 
 
 @contextmanager

@@ -26,11 +26,12 @@ from videofm.parallel.collectives import naming
 from videofm.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from videofm.progress import LOG, setup_logging
 from videofm.run_dir import RunDirectory, write_json
-from videofm.train import callbacks, state, watch
+from videofm.train import callbacks, reference_errors, state, watch
 from videofm.train.build import Job, build_job, build_models, build_objective, fate, pick_device, split_heads, trained_roles
 from videofm.train.cached import OnlineCounts, SpotCheck, open_loader
 from videofm.train.optim import num_elements
 from videofm.train.share import compare_orders
+from videofm.train.token_origin import check_tokenizers
 from videofm.train.trainer import Callback, fit
 
 
@@ -56,7 +57,9 @@ def _train_on(mesh: Mesh, config: TrainConfig, run: RunDirectory, attempt: int, 
     objective = build_objective(config)
     loader = open_loader(config, mesh, models, run.path / "quarantine.jsonl")
     compare_orders(loader.plan.identity, mesh)
+    check_tokenizers(config, models, trained_roles(objective), loader)
     state.save_bases(run, models, mesh)
+    start = reference_errors.identity(config, objective, loader.plan, models)
     folder = state.resume_folder(run)
     if folder is not None:
         state.load_weights(folder, models, trained_roles(objective))
@@ -66,6 +69,7 @@ def _train_on(mesh: Mesh, config: TrainConfig, run: RunDirectory, attempt: int, 
     state.save_frozen(job)
     if config.data.cache is not None:
         SpotCheck(job).check(job, position)
+    reference_errors.provide(job, start, resumed=folder is not None)
     fit(job, position, _callbacks(job, position.step, attempt))
 
 
@@ -95,6 +99,8 @@ def watching(job: Job) -> list[Callback]:
     """What looks at the model while it trains, as configured."""
     found: list[Callback] = []
     if (samples := job.config.samples) is not None:
+        if getattr(job.config.objective, "features", None) is not None:
+            LOG.info("samples are made with the null feature, for want of a guide: `videofm sample` with one makes guided ones")
         found.append(watch.Samples(samples))
     if (held_out := job.config.held_out) is not None:
         found.append(watch.HeldOut(held_out, job))
@@ -113,7 +119,7 @@ def _describe(job: Job, folder: Path | None) -> None:
         trained = fate(model, role in job.trained_roles)
         LOG.info("%s: %s, %s parameters, %s", role, model.spec_name, f"{count:,}", trained)
     plan = job.loader.plan
-    LOG.info("%s clips; steps of %s", f"{plan.num_clips:,}", describe_steps(job.config.data))
+    LOG.info("%s; steps of %s", plan.describe(), describe_steps(job.config.data))
     if job.mesh.world_size > 1:
         LOG.info("%s, ZeRO stage %d", job.mesh.layout.describe(), job.config.parallel.zero_stage)
     for line in plan.left_out():

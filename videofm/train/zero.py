@@ -40,6 +40,7 @@ __all__ = [
     "safe_get_full_optimizer_state",
     "safe_set_full_optimizer_state",
     "safe_set_local_optimizer_state",
+    "shard_frozen",
     "summed",
 ]
 """Ours, and what the engine needs of DeepSpeed's inside: this file is where DeepSpeed is imported."""
@@ -58,6 +59,14 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict
         model=module, optimizer=optimizer, config=config, mpu=DeepSpeedMpu(), dist_init_required=False
     )
     return engine
+
+
+def shard_frozen(module: nn.Module, config: ParallelConfig, device: torch.device) -> None:
+    """Spread the weights of a frozen model over the ranks, as stage 3 does those that train, in place: its forward pass gathers
+    a layer at a time from then on. Every rank calls it, and runs the same forward passes."""
+    _prepare(device)
+    settings = engine_config(config.model_copy(update={"offload_optimizer": False}), device, 1, 1, grad_clip=0.0)
+    deepspeed.initialize(model=module, config=settings, mpu=DeepSpeedMpu(), dist_init_required=False)
 
 
 def engine_config(

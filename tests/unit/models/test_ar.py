@@ -396,6 +396,41 @@ def test_arguments_that_do_not_fit():
         model.inputs_of(indices(), ["start"])
 
 
+def test_numbers_without_an_embedding():
+    """40 tokens and two more, 16 rows and 16 columns: the last of each is taken, the next and -1 are named. On a GPU, for which
+    the meta device stands here, nothing is looked at: the host would wait."""
+    model, text = build(), conditioning()
+    size = model.config.vocab_size
+    inputs = model.inputs_of(indices())
+    text_of_one = (
+        rf"embeddings for 0 to {size + 1}: a vocabulary of {size}, then start_token and continue_token.*larger vocab_size"
+    )
+    for place, last, name, message in (
+        (None, size + 1, "tokens", text_of_one),
+        (0, 15, "rows in cells", "embeddings for 0 to 15: build it with larger max_rows, or take smaller clips"),
+        (1, 15, "columns in cells", "embeddings for 0 to 15: build it with larger max_columns"),
+    ):
+        for value in (last, last + 1, -1):
+            tokens, cells = inputs.tokens.clone(), inputs.cells.clone()
+            (tokens if place is None else cells[:, place])[1, 3] = value
+            if value == last:
+                assert model(tokens, inputs.positions, cells, text).isfinite().all()
+                continue
+            span = f"{min(value, 0)} to" if value < 0 else f"to {value}"
+            with pytest.raises(DataError, match=rf"{name} from .*{span}.*{message}"):
+                model(tokens, inputs.positions, cells, text)
+            with pytest.raises(DataError, match=rf"{name} from "):
+                model.forward_cached(tokens, inputs.positions, cells, text)
+    for value in (-1, size):
+        ids = indices()
+        ids[1, 2, 1, 3] = value  # the last one, which `forward` does not see
+        with pytest.raises(
+            DataError, match=rf"token ids from .*{value}.* vocabulary of {size}, ids 0 to {size - 1}: .* another"
+        ):
+            model.inputs_of(ids)
+        assert model.inputs_of(ids.to("meta")).targets.is_meta
+
+
 def test_caches_that_do_not_fit():
     model, inputs = build(), build().inputs_of(indices())
     good = (inputs.tokens, inputs.positions, inputs.cells)

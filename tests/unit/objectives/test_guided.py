@@ -344,6 +344,15 @@ def test_models_that_do_not_fit_are_refused(frozen: dict[str, nn.Module]) -> Non
     objective(OFF).check({**frozen, "dit": guided, "tokenizer": two})
 
 
+def test_a_fraction_of_no_corruption_is_refused() -> None:
+    objective({"corruption": {"probability": 0.5, "fraction": 0.3}})
+    objective({"corruption": {"fraction": 0.1}})  # the default, as a resolved config has it
+    with pytest.raises(
+        ValueError, match="fraction 0.3 with probability 0: no sample is corrupted.* Give a probability above 0"
+    ):
+        objective({"corruption": {"fraction": 0.3}})
+
+
 def test_tokenizers_of_other_rates_take_each_others_place(frozen: dict[str, nn.Module]) -> None:
     """Coarse for the clip's own features, fine for the rollouts, of the real model: the dit's weights do not know the rate."""
     torch.manual_seed(2)

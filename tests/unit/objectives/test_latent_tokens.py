@@ -199,9 +199,22 @@ def train_config(**fields: Any) -> dict[str, Any]:
             "manifest": "none", "num_frames": 9, "height": 32, "width": 32, "micro_batch_size": 4, "num_micro_batches": 1,
             **fields,
         },
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"lr": 1e-3, "ema_decay": 0},
         "trainer": {"max_steps": 1},
     }  # fmt: skip
+
+
+def test_an_average_that_lags_behind_the_codebook_is_refused() -> None:
+    """0.999 is the default of all objectives. What the phase has of its own counts; fsq has no book."""
+    long = {"optimizer": {"lr": 1e-3}}
+    with pytest.raises(ValueError, match="ema_decay 0.999 with objective latent_tokens: .* some 1000 steps .* to 0.99 at most"):
+        TrainConfig.model_validate(train_config() | long)
+    with pytest.raises(ValueError, match="ema_decay 0.995 with objective latent_tokens: .* some 200 steps"):
+        TrainConfig.model_validate(train_config() | {"phase_optimizers": {"train": {"lr": 1e-3, "ema_decay": 0.995}}})
+    TrainConfig.model_validate(train_config() | {"optimizer": {"lr": 1e-3, "ema_decay": 0.99}})
+    TrainConfig.model_validate(train_config() | long | {"phase_optimizers": {"train": {"lr": 1e-3, "ema_decay": 0}}})
+    roles = {"tokenizer": {"name": "arlon/tokenizer", "overrides": {"quantizer": {"kind": "fsq"}}}, "vae": {"name": "vae/ltx"}}
+    TrainConfig.model_validate(train_config() | long | {"models": roles})
 
 
 def test_codebooks_stay_whole() -> None:

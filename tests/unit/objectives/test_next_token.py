@@ -230,6 +230,13 @@ def test_models_that_do_not_fit():
             objective.check({**built, role: model})
 
 
+def test_a_share_of_cuts_without_cuts():
+    NextTokenConfig(kind="next_token", window=2, first_window_share=0.5)
+    NextTokenConfig(kind="next_token", first_window_share=0.25)  # the default, as a resolved config has it
+    with pytest.raises(ValueError, match="first_window_share 0.5 without `window`: .* Give `window`, or leave it out"):
+        NextTokenConfig(kind="next_token", first_window_share=0.5)
+
+
 def test_what_is_trained():
     assert make()[0].phases == {"train": ("ar",)}
     assert make(train_text_encoder=True)[0].phases == {"train": ("ar", "text_encoder")}

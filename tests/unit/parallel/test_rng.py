@@ -3,6 +3,7 @@
 import torch
 
 from videofm.parallel.rng import KeyedRng, derive_seed
+from videofm.types import lasting_id
 
 
 def test_a_row_depends_on_its_sample_alone():
@@ -31,3 +32,19 @@ def test_draws_follow_their_law():
     assert abs(normal.mean()) < 0.04 and abs(normal.std() - 1) < 0.04
     assert abs(uniform.mean() - 0.5) < 4 / (12**0.5 * 100) and uniform.min() >= 0 and uniform.max() < 1
     assert rng.uniform("scalar").shape == (100,)
+
+
+def test_fixed_draws_follow_the_sample_and_a_number_alone():
+    """Not the step, the epoch of the draw or what it stands in for; and they are no draws of a step."""
+    wanted = KeyedRng(1, 5, ["a", "b"]).fixed(2).normal("noise", (4,))
+    for step, ids in ((9, ["a@0", "b@0"]), (0, ["a@12", "b@3~a@3"]), (2, ["a", "b"])):
+        assert torch.equal(KeyedRng(1, step, ids).fixed(2).normal("noise", (4,)), wanted)
+    assert torch.equal(KeyedRng(1, 5, ["b", "a"]).rows(0, 1).fixed(2).normal("noise", (4,)), wanted[1:])
+    others = [KeyedRng(1, 5, ["a", "b"]).fixed(1), KeyedRng(2, 5, ["a", "b"]).fixed(2), KeyedRng(1, 2, ["a", "b"])]
+    assert not any(torch.equal(other.normal("noise", (4,)), wanted) for other in others)
+
+
+def test_the_lasting_part_of_a_sample_id():
+    for sample_id in ("clip", "clip@3", "clip@3~other@3", "clip@3~a@b@3"):
+        assert lasting_id(sample_id) == "clip"
+    assert lasting_id("films/clip@old@3") == "films/clip@old" and lasting_id("a@b") == "a@b" and lasting_id("a@1@2") == "a@1"

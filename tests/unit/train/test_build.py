@@ -5,7 +5,7 @@ import torch
 
 from videofm import models
 from videofm.config.train import TrainConfig
-from videofm.errors import ConfigError
+from videofm.errors import ConfigError, ParallelError
 from videofm.models.lora import is_lora
 from videofm.train.build import build_models, dry_run
 
@@ -53,3 +53,25 @@ def test_a_frozen_role_has_no_adapters():
     fields["models"]["vae"]["lora"] = {"rank": 2}
     with pytest.raises(ConfigError, match=r"models\.vae\.lora: objective 'flow_matching' does not train vae; leave it out"):
         dry_run(TrainConfig.model_validate(fields))
+
+
+def test_a_dry_run_refuses_a_prefix_over_context_ranks():
+    """As the training would, with the words of `parallelize`."""
+    roles = {"text_encoder": {"name": "text/t5"}, "tokenizer": {"path": "runs/tokenizer"}}
+    data = {"manifest": "none", "num_frames": 9, "height": 32, "width": 32, "micro_batch_size": 1, "start": "centre"}
+    fields = {
+        "kind": "train",
+        "objective": {"kind": "next_token"},
+        "data": {**data, "cache": {"path": "encoded", "mode": "tokens"}},
+        "optimizer": {"lr": 1e-3},
+        "trainer": {"max_steps": 1, "precision": "fp32"},
+    }
+    for text, degree in (("prefix", 2), ("prefix", 1), ("cross_attention", 2)):
+        ar = {"name": "ar/transformer", "overrides": {"text": text}}
+        parallel = {"parallel": {"context_degree": degree}}
+        config = TrainConfig.model_validate({**fields, **parallel, "models": {**roles, "ar": ar}})
+        if (text, degree) == ("prefix", 2):
+            with pytest.raises(ParallelError, match="context_degree is 2, but this ar/transformer takes the text as a prefix"):
+                dry_run(config)
+        else:
+            assert "ar: ar/transformer tiny" in dry_run(config)

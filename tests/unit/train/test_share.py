@@ -2,7 +2,8 @@
 
 import torch
 
-from videofm.train.share import _describe, digest
+from videofm import models
+from videofm.train.share import _describe, digest, held_tensors
 from videofm.types import Batch
 
 
@@ -48,3 +49,17 @@ def test_frames_are_told_in_the_order_of_their_memory() -> None:
     dtype, shape, order = _describe(Batch(video, ["a", "b"], torch.ones(2), ["0", "1"], 0, 2))["tensors"]["video"]
     assert (dtype, shape, order) == ("uint8", [2, 3, 5, 4, 6], [0, 2, 3, 4, 1])
     assert video.permute(order).is_contiguous() and video.permute(order).data_ptr() == video.data_ptr()
+
+
+def test_what_is_compared_are_parameters_and_stored_buffers() -> None:
+    """The book of `vq_ema` is a buffer: with what it follows by, it is among them, and so are parameters, themselves."""
+    tokenizer = models.build("arlon/tokenizer", "tiny", quantizer={"kind": "vq_ema", "codebook_size": 16, "dim": 4})
+    held = held_tensors({"tokenizer": tokenizer, "vae": torch.nn.Linear(2, 2)}, ("tokenizer",))
+    assert held["tokenizer.quantizer.books"] is tokenizer.quantizer.books
+    assert {"tokenizer.quantizer.sums", "tokenizer.quantizer.counts", "tokenizer.quantizer.counters"} <= held.keys()
+    assert all(held[f"tokenizer.{name}"] is parameter for name, parameter in tokenizer.named_parameters())
+    assert not any(name.startswith("vae") for name in held)
+    before = digest(held["tokenizer.quantizer.books"])
+    with torch.no_grad():
+        tokenizer.quantizer.books[0, 3, 2] += 1e-3
+    assert digest(held["tokenizer.quantizer.books"]) != before

@@ -1,4 +1,4 @@
-"""Rollouts apart from shards: in which type they are drawn, and how long they may be."""
+"""Rollouts apart from shards: in which type they are drawn, and how long they may be. Tokenizers of another VAE."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.unit.encoding import save_ar_run, save_encoders, save_tokenizer, tokens_section
+from tests.unit.runs import write_run
+from videofm import models
 from videofm.config.encode import TokensConfig
 from videofm.errors import ConfigError
 from videofm.train.token_encoder import TokenEncoder
@@ -62,3 +64,27 @@ def test_clips_longer_than_the_model_was_trained_on(saved: tuple[Path, dict[str,
             continue
         with pytest.raises(ConfigError, match="3 token frames at once, .* trained on 2 at most .its objective.window"):
             encoder.encode(clips(), SOURCES, CAPTIONS)
+
+
+def test_a_tokenizer_of_another_vae_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With as many channels. Of the run of its training; the folder of a tokenizer alone cannot tell, and the log says so."""
+    encoders, alone = save_encoders(tmp_path), save_tokenizer(tmp_path)
+    other = save_encoders(tmp_path / "other", seed=1)
+    tokenizer, vae = models.load(alone), models.load(encoders["vae"])
+    told = {"objective": {"kind": "latent_tokens"}, "models": {"tokenizer": {}, "vae": {"path": encoders["vae"]}}}
+    run = write_run(tmp_path / "run", {"tokenizer": tokenizer}, {"vae": vae}, told)
+    sections = {
+        (source, name): TokensConfig.model_validate(tokens_section(paths, str(source)))
+        for source in (run, alone)
+        for name, paths in (("own", encoders), ("other", other))
+    }
+    with caplog.at_level("WARNING", logger="videofm"):
+        TokenEncoder.load(sections[run, "own"], "cpu")
+        with pytest.raises(ConfigError, match="tokens.tokenizer at .* was trained on latents of another VAE than tokens.vae"):
+            TokenEncoder.load(sections[run, "other"], "cpu")
+        assert not caplog.messages
+        TokenEncoder.load(sections[alone, "other"], "cpu")
+    (said,) = caplog.messages
+    assert "which VAE tokens.tokenizer is of: that it is this one was not checked" in said
+    with pytest.raises(ConfigError, match="models.tokenizer is vae/ltx, and the role tokenizer takes a latent tokenizer"):
+        TokenEncoder.load(TokensConfig.model_validate(tokens_section(encoders, encoders["vae"])), "cpu")

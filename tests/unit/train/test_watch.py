@@ -26,6 +26,7 @@ from videofm.data.shards import ShardWriter
 from videofm.errors import DataError
 from videofm.run_dir import RunDirectory
 from videofm.train.watch import HeldOut, Samples
+from videofm.train.worker import watching
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
 
@@ -132,8 +133,47 @@ def test_of_a_mix_it_measures_held_out_clips_whatever_is_trained_on(a_job: Calla
     assert drawn == {"clip-00004", "clip-00005"} and loader.config.verify_checksums
 
 
+@pytest.mark.parametrize("objective", [{"kind": "dpo", "reference": {"kind": "cached"}}, {"kind": "reward_weighted"}])
+def test_a_training_on_pairs_is_watched_as_flow_matching(
+    objective: dict[str, Any], a_job: Callable[..., Any], clips: Path, tmp_path: Path
+) -> None:
+    """The loss of the dataset that is named, clip by clip, as a training on that dataset measures it; the same samples."""
+    found: list[dict[str, float]] = []
+    made = []
+    for number, given in enumerate(({"kind": "flow_matching"}, objective)):
+        job = a_job()
+        if number:
+            data = {"manifest": str(tmp_path / "candidates"), "pairs": {"path": "x"}, "micro_batch_size": 2, "start": "first"}
+            held_out = {"every": 3, "num_clips": 64, "sigmas": [0.5], "manifest": str(clips)}
+            job.config = config(clips, objective=given, data=data | SIZE, held_out=held_out)
+        metrics: dict[str, float] = {}
+        HeldOut(job.config.held_out, job).after_step(job, PlanState(step=3), metrics)
+        Samples(job.config.samples).after_step(job, PlanState(step=4), metrics)
+        found.append(metrics)
+        made.append(media.read_video(tmp_path / "samples/step_00000004/000.mp4"))
+    assert found[0] == found[1] and set(found[0]) == {"held_out_loss"}
+    assert np.array_equal(*made)
+
+
 def test_only_a_dit_is_watched(clips: Path) -> None:
     with pytest.raises(
-        ValidationError, match="samples and held_out: only objective flow_matching trains a model for them, not auto"
+        ValidationError,
+        match="samples and held_out: only objectives flow_matching, dpo and reward_weighted train .* for them, not auto",
     ):
         config(clips, objective={"kind": "autoencoder"})
+
+
+def test_samples_of_a_guided_training_say_what_they_lack(
+    clips: Path, a_job: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, when the training starts; not of one that has no features, or makes no samples."""
+    job, made = a_job(), {}
+    for features, samples in (({}, True), (None, True), ({}, False)):
+        fields = {"objective": {"kind": "flow_matching", "features": features}, "held_out": None}
+        job.config = config(clips, **fields, **({} if samples else {"samples": None}))
+        caplog.clear()
+        with caplog.at_level("INFO", logger="videofm"):
+            watching(job)
+        made[features is not None, samples] = list(caplog.messages)
+    told = "samples are made with the null feature, for want of a guide: `videofm sample` with one makes guided ones"
+    assert made == {(True, True): [told], (False, True): [], (True, False): []}

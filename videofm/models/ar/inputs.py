@@ -89,6 +89,25 @@ def first_tokens(ar: Any, start: str | Sequence[str], batch_size: int, device: t
     return torch.tensor([[ids[word]] for word in words]).to(device, non_blocking=True)
 
 
+def check_range(name: str, values: Tensor, end: int, rule: str) -> None:
+    """Refuse numbers that no row of a table has, where they lie on the CPU: on a GPU the host would have to wait for them.
+
+    Args:
+        name: of the numbers.
+        values: whole numbers of any shape.
+        end: they lie in 0 ... `end` - 1.
+        rule: what has so many rows, and what to do; the end of the message.
+
+    Raises:
+        DataError: one lies outside.
+    """
+    if values.device.type != "cpu" or not values.numel():
+        return
+    lowest, highest = (int(value) for value in values.aminmax())
+    if lowest < 0 or highest >= end:
+        raise DataError(f"{name} from {lowest} to {highest}, but {rule}")
+
+
 def inputs_of(ar: Any, indices: Tensor, start: str | Sequence[str] = "start") -> ARInputs:
     """The inputs that predict all of `indices`, and the targets.
 
@@ -99,13 +118,19 @@ def inputs_of(ar: Any, indices: Tensor, start: str | Sequence[str] = "start") ->
 
     Raises:
         ConfigError: see `first_tokens`.
-        DataError: `indices` is no grid of whole numbers.
+        DataError: `indices` is no grid of whole numbers, or has ids (seen on the CPU) that are not in the vocabulary.
     """
     if indices.ndim != 4 or indices.is_floating_point():
         raise DataError(
             f"indices have shape {tuple(indices.shape)} and type {indices.dtype}; an AR model takes (B, T', H', W') of whole "
             "numbers, those of one codebook."
         )
+    vocab_size = ar.config.vocab_size
+    rule = (
+        f"the ar model has a vocabulary of {vocab_size}, ids 0 to {vocab_size - 1}: these tokens are another tokenizer's. "
+        "Encode the clips again with the one of this training."
+    )
+    check_range("token ids", indices, vocab_size, rule)
     targets = flatten(indices).long()
     batch_size, num_frames, rows, columns = indices.shape
     where = places((num_frames, rows, columns), batch_size, indices.device)

@@ -109,7 +109,7 @@ class ARTransformer(nn.Module):
             `(B, L, V)`.
 
         Raises:
-            DataError: shapes that do not belong together.
+            DataError: shapes that do not belong together; ids, rows or columns (seen on the CPU) that have no embedding.
         """
         self._check(tokens, positions, cells, conditioning)
         x, text, real = self._embed(tokens, cells), self._text(conditioning), conditioning.mask.bool()
@@ -155,7 +155,7 @@ class ARTransformer(nn.Module):
             cache: of `empty_cache`, or of the call before; None starts with `conditioning`. It stays valid.
 
         Raises:
-            DataError: shapes that do not belong together, or neither or both of a text and a cache.
+            DataError: as in `forward`, or neither or both of a text and a cache.
         """
         if cache is None:
             if conditioning is None:
@@ -182,7 +182,7 @@ class ARTransformer(nn.Module):
         """What predicts the indices `(B, T', H', W')` of a window, and the targets; see `inputs.inputs_of`.
 
         Raises:
-            DataError: more rows or columns than the model knows.
+            DataError: more rows or columns than the model knows, or ids (seen on the CPU) that it does not have.
         """
         if indices.ndim == 4:
             self.check_grid(indices.shape[2], indices.shape[3])
@@ -252,6 +252,21 @@ class ARTransformer(nn.Module):
             self._check_text(conditioning, batch)
         elif num_texts != batch:
             raise DataError(f"tokens of {batch} samples with a cache of {num_texts}: a cache goes on with its own samples.")
+        self._check_ranges(tokens, cells)
+
+    def _check_ranges(self, tokens: Tensor, cells: Tensor) -> None:
+        """Refuse what has no embedding; embeddings themselves would raise an IndexError that names nothing."""
+        size, last = self.config.vocab_size, self.continue_token
+        rule = (
+            f"this ar/transformer has embeddings for 0 to {last}: a vocabulary of {size}, then start_token and continue_token. "
+            "Take the tokens of the tokenizer that it was built for, or build it with a larger vocab_size."
+        )
+        grids.check_range("tokens", tokens, last + 1, rule)
+        for row, (name, end) in enumerate((("rows", self.config.max_rows), ("columns", self.config.max_columns))):
+            known = f"this ar/transformer has embeddings for 0 to {end - 1}"
+            grids.check_range(
+                f"{name} in cells", cells[:, row], end, f"{known}: build it with larger max_{name}, or take smaller clips."
+            )
 
     def _check_text(self, conditioning: Conditioning, batch: int) -> None:
         expected = (batch, conditioning.mask.shape[-1], self.config.caption_channels)

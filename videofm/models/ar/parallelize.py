@@ -49,12 +49,7 @@ def parallelize(model: ARTransformer, mesh: Any = None, options: ParallelOptions
         ParallelError: degrees that do not divide heads or features, a strategy that cannot serve this model on this mesh, or
             context ranks with the text as a prefix.
     """
-    if getattr(mesh, "context_degree", 1) > 1 and model.config.text == "prefix":
-        raise ParallelError(
-            f"parallel.context_degree is {mesh.context_degree}, but this ar/transformer takes the text as a prefix, whose mask "
-            "differs from sample to sample and is not split over ranks. Set it to 1, or build the model with text: "
-            "cross_attention."
-        )
+    check_context(model, getattr(mesh, "context_degree", 1))
     if getattr(mesh, "tensor_degree", 1) > 1:
         split_tensors(model, mesh)
         model.to(mesh.device)  # not before: the whole of a large model might not fit there
@@ -62,6 +57,20 @@ def parallelize(model: ARTransformer, mesh: Any = None, options: ParallelOptions
     if place is not None:
         SEQUENCE_PLAN.apply(model, place)
     return model
+
+
+def check_context(model: ARTransformer, context_degree: int) -> None:
+    """Refuse a number of context ranks that cannot share the tokens of `model`.
+
+    Raises:
+        ParallelError: there are several, and the text is a prefix.
+    """
+    if context_degree > 1 and model.config.text == "prefix":
+        raise ParallelError(
+            f"parallel.context_degree is {context_degree}, but this ar/transformer takes the text as a prefix, whose mask "
+            "differs from sample to sample and is not split over ranks. Set it to 1, or build the model with text: "
+            "cross_attention."
+        )
 
 
 def split_tensors(model: ARTransformer, mesh: TensorMesh) -> None:

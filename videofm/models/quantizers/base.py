@@ -232,9 +232,8 @@ class Quantizer(StateModule, ABC):
         counts = pending.counts_of(flat)
         self.usage.add(counts)
         before, counters = counters, self.learn(counts, pending.sums_of(flat), vectors, counters)
-        if ranks.data_degree > 1:
-            for tensor in self.inexact(before, counters):
-                tensor.copy_(ranks.gather(tensor)[: len(tensor)])
+        for tensor in self.inexact(before, counters):  # also of one data rank, which others may share samples with
+            tensor.copy_(ranks.gather(tensor)[: len(tensor)])
         values = {**vars(counters), "num_updates": counters.num_updates + 1, "num_probes": end}
         self.counters.copy_(torch.tensor([int(value) for value in values.values()]))
 
