@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from videofm import __version__, cli_data
-from videofm.cli_verb import EXIT_CODES, OVERRIDES, STOPPING, Verb, about
+from videofm import __version__, cli_data, cli_dpo
+from videofm.cli_verb import EXIT_CODES, OVERRIDES, STOPPING, Verb, about, spoken
 from videofm.errors import ConfigError, Interrupted, VideofmError
 from videofm.registry import nearest
 
@@ -175,7 +175,7 @@ def _stage(arguments: argparse.Namespace) -> int:
             f"`videofm run {arguments.config} --until {arguments.stage}` runs what is missing, too"
         )
     run = RunDirectory(path)
-    if arguments.verb in ("train", "curate", "encode") and run.fingerprint == fingerprint(config, inputs) and run.finished:
+    if arguments.verb in MADE_ONCE and run.fingerprint == fingerprint(config, inputs) and run.finished:
         print(f"{path} is finished with this config already; nothing to do. For another run give --run-dir.")
         return 0
     results = execute(config, path, inputs)
@@ -251,6 +251,10 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+MADE_ONCE = ("train", "curate", "encode", "dpo_generate", "dpo_rank", "dpo_import")
+"""Kinds of stages that a verb does not run again where they are finished."""
+
+
 # -- from arguments to configs
 
 
@@ -272,7 +276,8 @@ def _stage_of_recipe(arguments: argparse.Namespace) -> tuple[PlannedStage, list[
     chain = plan(_load_recipe(arguments))
     stage = chain.stage(arguments.stage)
     if stage.config.kind != arguments.verb:
-        raise ConfigError(f"stage {stage.name!r} is of kind {stage.config.kind!r}: `videofm {stage.config.kind}` runs it")
+        kind = stage.config.kind
+        raise ConfigError(f"stage {stage.name!r} is of kind {kind!r}: `videofm {spoken(kind)}` runs it")
     return stage, [other.name for other in chain.stages if other.name in stage.inputs and other.state != "done"]
 
 
@@ -286,14 +291,14 @@ def _stage_config(arguments: argparse.Namespace) -> tuple[Any, Path]:
     defaults: dict[str, Any] = {"kind": verb}
     if path.is_dir():
         if verb not in ("sample", "export", "report"):
-            raise ConfigError(f"{path} is a folder; `videofm {verb}` takes a YAML file")
+            raise ConfigError(f"{path} is a folder; `videofm {spoken(verb)}` takes a YAML file")
         defaults |= {"run": str(path)} | _defaults_from(path, verb)
         return load(None, arguments.overrides, schema_of(verb), defaults), Path("runs") / f"{path.resolve().name}-{verb}"
     values = read_file(path).values
     if isinstance(values.get("stages"), dict):
         names = [name for name, stage in values["stages"].items() if isinstance(stage, dict) and stage.get("kind") == verb]
         raise ConfigError(
-            f"{path} is a recipe: `videofm run {path}` runs it, `videofm {verb} {path} --stage NAME` runs one stage; "
+            f"{path} is a recipe: `videofm run {path}` runs it, `videofm {spoken(verb)} {path} --stage NAME` runs one stage; "
             f"stages of kind {verb}: {', '.join(names) or 'none'}"
         )
     return load(path, arguments.overrides, schema_of(verb), defaults), Path("runs") / path.stem
@@ -458,6 +463,7 @@ VERBS = {
         _sample,
         "sample",
     ),
+    "dpo": cli_dpo.verb(_stage_arguments, _stage),
     "evaluate": _stage_verb(
         "evaluate",
         "measure models and generated videos",

@@ -36,6 +36,11 @@ class Verb:
     parts: Mapping[str, Verb] = field(default_factory=dict)
 
 
+def spoken(kind: str) -> str:
+    """How the command line calls what runs a stage of `kind`: `dpo_generate` is `dpo generate`."""
+    return kind.replace("_", " ", 1) if kind.startswith("dpo_") else kind
+
+
 def about(purpose: str, examples: str, *more: str) -> str:
     """The help of a verb."""
     return "\n\n".join([purpose, "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()), *more, EXIT_CODES])

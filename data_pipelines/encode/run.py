@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from data_pipelines import engine
 from data_pipelines.encode.shard import ShardEncoder, ShardReport, data_config, read_entry
-from videofm.config.curate import EngineConfig
-from videofm.config.encode import EncodeConfig, EncodeEngineConfig
+from data_pipelines.shard_actors import ShardActors
+from videofm.config.encode import EncodeConfig
 from videofm.config.reading import ReadingConfig
 from videofm.data.manifest import Manifest
 from videofm.data.reader import ReaderSettings
@@ -54,7 +51,7 @@ def run(config: EncodeConfig, run: RunDirectory) -> dict[str, Any]:
     with progress("encode, shards", total=len(shards)) as bar:
         bar.start_at(len(done))
         if todo and not run.stop_requested:
-            with engine.cluster(_cluster(config.engine)):
+            with _actors(config, run.path).cluster():
                 for _ in encode_groups(config, run.path, todo, lambda: run.stop_requested):
                     bar.advance(1)
     counts, failed = _count(run.path, shards, kinds)
@@ -94,40 +91,12 @@ def encode_groups(
         ConfigError: the cluster has not the CPUs and GPUs for the actors.
         DataError: a shard killed more actors than allowed, or cannot be read; or an actor does not start.
     """
-    waiting, deaths = list(reversed(list(groups))), Counter[str]()
-    idle = _start(config, folder, min(config.engine.num_actors, len(waiting)))
-    running: dict[Any, tuple[Any, str]] = {}
-    while running or (waiting and not should_stop()):
-        while waiting and not should_stop() and len(running) < config.engine.num_actors:
-            worker, group = idle.pop() if idle else _start(config, folder, 1)[0], waiting.pop()
-            running[worker.encode.remote(group)] = worker, group
-        finished, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-        for reference in finished:
-            worker, group = running.pop(reference)
-            try:
-                report: ShardReport | None = _result(reference)
-            except engine.DEATHS as error:
-                deaths[group] += 1
-                if deaths[group] > config.engine.max_deaths:
-                    first = engine.first_line(error)
-                    raise DataError(f"shard {group} killed {deaths[group]} encoder actors: {first}") from None
-                LOG.warning("an encoder actor died over shard %s; another one begins it again", group)
-                waiting.append(group)
-                continue
-            idle.append(worker)
-            if report is not None:
-                yield report
+    return _actors(config, folder).work(groups, should_stop)
 
 
-def _start(config: EncodeConfig, folder: Path, count: int) -> list[Any]:
-    """So many actors, once they have a place."""
-    num_cpus, num_gpus = config.engine.num_cpus, config.engine.num_gpus
-    engine.check_actors("engine", count, num_cpus, num_gpus)
-    actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(EncodeActor)
-    value, path = config.model_dump(mode="json"), str(folder.resolve())
-    handles = [actor.remote(value, path) for _ in range(count)]
-    engine.first_answers("engine", [handle.ready.remote() for handle in handles])
-    return handles
+def _actors(config: EncodeConfig, folder: Path) -> ShardActors:
+    arguments = config.model_dump(mode="json"), str(folder.resolve())
+    return ShardActors(EncodeActor, arguments, config.engine, name="encoder", made="a sidecar")
 
 
 class EncodeActor:
@@ -140,7 +109,7 @@ class EncodeActor:
     def ready(self) -> None:
         """Answers once the actor has a place."""
 
-    def encode(self, group: str) -> ShardReport | None:
+    def work(self, group: str) -> ShardReport | None:
         """Encode one shard."""
         device = "cuda" if self._config.engine.num_gpus else "cpu"
         self._encoder = self._encoder or ShardEncoder(self._config, self._folder, device, decoding(self._config))
@@ -164,19 +133,6 @@ def _tidy(folder: Path) -> None:
                     path.unlink()
             except FileNotFoundError:
                 pass  # its writer finished
-
-
-def _cluster(config: EncodeEngineConfig) -> EngineConfig:
-    """What the engine needs to know: a local node has a CPU for each thread of each actor."""
-    return EngineConfig(num_workers=config.num_actors * config.num_cpus, address=config.address)
-
-
-def _result(reference: Any) -> Any:
-    """What a task gives; our own errors as they were raised."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise engine.cause_of(error, "a sidecar") from None
 
 
 def _count(folder: Path, shards: dict[str, str], kinds: list[str]) -> tuple[Counter[str], list[dict[str, str]]]:

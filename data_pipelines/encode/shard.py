@@ -26,7 +26,16 @@ from videofm.data.fixed import clip_request, fixed_draw, geometry
 from videofm.data.index import ClipRecord, records_of
 from videofm.data.manifest import Manifest
 from videofm.data.reader import BadClipError, ClipReader, ReaderSettings, video_tensor
-from videofm.data.sidecar import SidecarEntry, SidecarWriter, differences, entry_path, header_name, parse_entry, text_source
+from videofm.data.sidecar import (
+    SidecarEntry,
+    SidecarWriter,
+    differences,
+    entry_path,
+    hash_of,
+    header_name,
+    parse_entry,
+    text_source,
+)
 from videofm.data.view import View
 from videofm.data.workers import Decoding, InProcess, Job
 from videofm.errors import DataError
@@ -216,18 +225,22 @@ def read_entry(folder: Path, group: str, kind: str, shard_sha256: str) -> Sideca
     return entry
 
 
-def claim_header(folder: Path, kind: str, header: dict[str, Any]) -> None:
-    """Write the header of a kind, or see that the one that stands there is the same.
+def claim_header(folder: Path, kind: str, header: dict[str, Any], made_by: str = "encoder") -> str:
+    """Write the header of a kind, or see that the one that stands there is the same; `made_by` is for the message.
+
+    Returns:
+        its SHA-256 (hex).
 
     Raises:
-        DataError: other encoders worked in this run directory; what differs is named.
+        DataError: others worked in this run directory; what differs is named.
     """
     path = folder / header_name(kind)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / f".{header_name(kind)}.lock"):
         if not path.exists():
             write_atomic(path, json.dumps(header, indent=2, sort_keys=True) + "\n")
-            return
+            return hash_of(header)
         found = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(header)))
     if found:
-        raise DataError(f"{folder} holds {kind} of another encoder: {'; '.join(found)}. Choose another run directory")
+        raise DataError(f"{folder} holds {kind} of another {made_by}: {'; '.join(found)}. Choose another run directory")
+    return hash_of(header)

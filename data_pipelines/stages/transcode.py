@@ -1,22 +1,17 @@
 """Transcode: re-encode a clip to the canonical form, and read it back before it counts.
 
 The picture inside black borders is cropped about its centre to the wanted aspect and scaled; frames are taken at a constant
-rate, each the one nearest in presentation time. H.264, yuv420p, closed GOPs, no B-frames, no edit list, no audio, no rotation,
-index at the front; one encoder thread, so that the bytes are the same on every run.
+rate, each the one nearest in presentation time, without rotation. What the file is like: see `clip_file`.
 """
 
 from __future__ import annotations
 
-import itertools
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
+from data_pipelines.clip_file import ClipFormat, ClipWriter, check_clip, constant_rate
 from data_pipelines.rows import ClipFile, Rejected, Row, Unusable
 from data_pipelines.workspace import Workspace
 from videofm.config.curation_stages import TranscodeConfig
@@ -47,8 +42,11 @@ class TranscodeStage:
         crop = (slice(top, top + inside[0]), slice(left, left + inside[1]))
         path = work.scratch / f"{row.key}.mp4"
         images = (fit(image[crop], height, width) for image in work.frames(row.start, stop))
-        self._encode(path, images, repeats, fps, (height, width))
-        self._verify(path, num_frames, (height, width))
+        with ClipWriter(path, ClipFormat(fps, height, width, wanted.crf, wanted.preset, wanted.gop)) as writer:
+            for image, count in zip(images, repeats, strict=True):
+                writer.write(image, count)
+        if wrong := check_clip(path, num_frames, height, width):
+            raise Unusable("bad_transcode", wrong)
         return [row.with_(stop=stop, clip=ClipFile(str(path), num_frames, float(fps), height, width))]
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
@@ -67,38 +65,6 @@ class TranscodeStage:
         if scale >= 1 and not wanted.upscale:
             return max(2, height // 2 * 2), max(2, width // 2 * 2)
         return 2 * round(height * scale / 2), 2 * round(width * scale / 2)
-
-    def _encode(self, path: Path, images: Any, repeats: np.ndarray[Any, Any], fps: Fraction, size: tuple[int, int]) -> None:
-        """Write each image as often as `repeats` says."""
-        wanted = self.config
-        options = {"crf": str(wanted.crf), "preset": wanted.preset, "bf": "0", "threads": "1"}
-        # x264's macroblock tree reads memory it did not set when frames are tiny (32x32: 3 encodes of 100 differed), and the
-        # bytes must be the same on every run.
-        options["x264-params"] = "open-gop=0:scenecut=0:mbtree=0"
-        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart", "use_editlist": "0"}) as container:
-            stream: Any = container.add_stream("libx264", rate=fps, options=options)
-            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-            stream.codec_context.gop_size = wanted.gop
-            converter = VideoReformatter()  # one, on one thread: the encoder's own starts threads for each frame
-            for image, count in zip(images, repeats, strict=True):
-                for _ in range(count):
-                    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                    container.mux(stream.encode(converter.reformat(frame, format="yuv420p", threads=1)))
-            container.mux(stream.encode(None))
-
-    def _verify(self, path: Path, num_frames: int, size: tuple[int, int]) -> None:
-        """Decode what was written: count, size and order of times must be as meant."""
-        with av.open(str(path)) as container:
-            frames = [(frame.pts, frame.height, frame.width, frame.is_corrupt) for frame in container.decode(video=0)]
-        times = [-1 if pts is None else pts for pts, *_ in frames]
-        sound = all((height, width) == size and not corrupt for _, height, width, corrupt in frames)
-        if len(frames) != num_frames or not sound or any(a >= b for a, b in itertools.pairwise(times)):
-            raise Unusable("bad_transcode", f"wrote {num_frames} frames of {size}, read back {len(frames)}: {frames[:1]}")
-
-
-def constant_rate(fps: float) -> Fraction:
-    """Frames a second as a fraction that a container can hold: `24000/1001` for 23.976."""
-    return Fraction(fps).limit_denominator(1001)
 
 
 def _rate(times: np.ndarray[Any, Any]) -> float:

@@ -13,11 +13,12 @@ from videofm.sampling.conditioning import AnyCondition, PixelCondition
 from videofm.sampling.features import Guide
 from videofm.sampling.guidance import Guidance
 from videofm.sampling.images import ImageSource, fitted, is_image, read_image
+from videofm.sampling.origin import check_origin
 from videofm.sampling.pipeline import Pipeline
 from videofm.sampling.schedule import SigmaSchedule
 from videofm.sampling.source import training_size
 from videofm.sampling.storyboard import Prompt, Storyboard
-from videofm.sampling.token_guide import TokenGuide, check_origin
+from videofm.sampling.token_guide import TokenGuide
 from videofm.types import Compression
 
 

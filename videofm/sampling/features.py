@@ -7,7 +7,7 @@ then go as far (SDEdit, Meng et al. 2021, arXiv 2108.01073). What is given of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -28,9 +28,15 @@ class Guide(Protocol):
     """What makes features; `token_guide.TokenGuide` is one."""
 
     def features(
-        self, prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int], head: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        shape: tuple[int, int, int],
+        head: Tensor | None = None,
+        on_token: Callable[[], None] | None = None,
     ) -> GuideFeatures:
-        """Features of a window of `shape` (T, H, W) latent cells for B prompts; it goes on from `head` `(B, C, k, H, W)`."""
+        """Features of a window of `shape` (T, H, W) latent cells for B prompts; it goes on from `head` `(B, C, k, H, W)`.
+        `on_token` is called before each token is drawn, and may raise to stop."""
         ...
 
     def check_latents(self, num_channels: int) -> None:

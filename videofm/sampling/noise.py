@@ -18,6 +18,16 @@ def video_seed(seed: int, index: int) -> int:
     return _hashed(f"video:{seed}:{index}")
 
 
+def candidate_seed(seed: int, prompt_number: int, candidate: int) -> int:
+    """The generator seed of candidate number `candidate` of prompt `prompt_number`, 63 bits: another for each of the three."""
+    return _hashed(f"candidate:{seed}:{prompt_number}:{candidate}")
+
+
+def noise_level(seed: int, name: str, low: float, high: float) -> float:
+    """A level in [low, high), uniform over names and seeds, for what is called `name`."""
+    return low + (high - low) * _hashed(f"level:{seed}:{name}") / 2**63
+
+
 def derived_seed(seed: int, name: str) -> int:
     """Another generator seed of the video with generator seed `seed`, for the draw called `name`."""
     return _hashed(f"{name}:{seed}")

@@ -33,7 +33,7 @@ from videofm.sampling.features import Guide, begun, check_guide, check_heads, he
 from videofm.sampling.frames import FrameRule
 from videofm.sampling.guidance import Guidance, guided_velocity
 from videofm.sampling.noise import derived_seed, initial_noise, named_noise, video_seed
-from videofm.sampling.request import MadeWindow, Reached, Request
+from videofm.sampling.request import Hooks, MadeWindow, Reached, Request
 from videofm.sampling.schedule import Schedule, SigmaSchedule
 from videofm.sampling.settings import SamplingSettings
 from videofm.sampling.solvers import SOLVERS, capped
@@ -114,6 +114,7 @@ class Pipeline:
         batch_size: int = 16,
         first_index: int = 0,
         on_step: Callable[[], None] | None = None,
+        on_token: Callable[[], None] | None = None,
         settings: SamplingSettings | None = None,
         **fields: Any,
     ) -> Iterator[Tensor]:
@@ -127,6 +128,7 @@ class Pipeline:
             batch_size: videos made together.
             first_index: index of the first prompt, to go on where an earlier call stopped.
             on_step: called after every step of every batch and window; may raise to stop.
+            on_token: called before every token that a guide draws; may raise to stop.
             settings: how; None makes them of `guidance_scale` and `fields`.
             fields: those of `SamplingSettings`; `num_frames`, `height`, `width` and `fps` are needed.
 
@@ -137,7 +139,8 @@ class Pipeline:
             raise ConfigError(f"batches of {batch_size}: give a batch_size of at least 1.")
         request = self._request(prompts, conditions, settings or _settings(guidance_scale, fields))
         for start in range(0, len(prompts), batch_size):
-            windows = self._made(request.rows(slice(start, start + batch_size)), first_index + start, on_step)
+            part = request.rows(slice(start, start + batch_size))
+            windows = self._made(part, _seeds(part, first_index + start), Hooks(on_step, on_token))
             yield torch.cat([window.video for window in windows], dim=2)
 
     def stream_windows(
@@ -147,17 +150,23 @@ class Pipeline:
         conditions: Sequence[AnyCondition] = (),
         guidance_scale: float | None = None,
         first_index: int = 0,
+        seeds: Sequence[int] | None = None,
         on_step: Callable[[], None] | None = None,
+        on_token: Callable[[], None] | None = None,
         settings: SamplingSettings | None = None,
         **fields: Any,
     ) -> Iterator[MadeWindow]:
         """One batch of videos, all `prompts` together, window after window: what is new in each, as soon as it is made.
 
         From window to window the last frames are kept, `window.overlap_frames` of them, and nothing of what was yielded: memory
-        does not grow with the length of the videos. Arguments and errors as in `stream`, whose videos these are.
+        does not grow with the length of the videos. Arguments and errors as in `stream`, whose videos these are; `seeds`, one
+        a prompt, are generator seeds in place of those that follow from (seed, first_index).
         """
         request = self._request(prompts, conditions, settings or _settings(guidance_scale, fields))
-        yield from self._made(request, first_index, on_step)
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ConfigError(f"{len(seeds)} seeds are given for {len(prompts)} prompts: give one for each.")
+        drawn_with = _seeds(request, first_index) if seeds is None else seeds
+        yield from self._made(request, drawn_with, Hooks(on_step, on_token))
 
     def num_cut_prompts(self, prompts: Sequence[Prompt], suffix: str = "") -> int:
         """How many texts of `prompts`, with `suffix` behind them, have more tokens than a text encoder takes."""
@@ -174,20 +183,17 @@ class Pipeline:
                     message = "%d of %d prompts are longer than the %s takes; their ends are cut"
                     LOG.warning(message, sum(found), len(texts), encoder)
 
-    def _made(self, request: Request, first_index: int, on_step: Callable[[], None] | None) -> Iterator[MadeWindow]:
+    def _made(self, request: Request, seeds: Sequence[int], hooks: Hooks) -> Iterator[MadeWindow]:
         """The windows of one batch of videos."""
-        seeds = [video_seed(request.settings.seed, first_index + row) for row in range(len(request.prompts))]
         reached = Reached()
         for number in range(len(request.windows)):
-            own = [derived_seed(seed, f"window:{number}") for seed in seeds] if number else seeds
+            own = [derived_seed(seed, f"window:{number}") for seed in seeds] if number else list(seeds)
             with evaluating(self.dit, self.vae, self.text_encoder):
-                made = [self._next(request, number, reached, own, on_step)]
+                made = [self._next(request, number, reached, own, hooks)]
             yield made.pop()  # while the caller has it, nobody else does
 
     @torch.no_grad()
-    def _next(
-        self, request: Request, number: int, reached: Reached, seeds: list[int], on_step: Callable[[], None] | None
-    ) -> MadeWindow:
+    def _next(self, request: Request, number: int, reached: Reached, seeds: list[int], hooks: Hooks) -> MadeWindow:
         """Window `number`, which goes on from what was `reached`; that is moved on."""
         settings, (frames, given) = request.settings, request.windows[number]
         overlap = 0 if reached.tail is None else reached.tail.shape[2]
@@ -196,7 +202,7 @@ class Pipeline:
         self._read(reached, [prompt + settings.prompt_suffix for prompt in prompts], settings)
         if reached.tail is not None:
             given = [PixelCondition(reached.tail), *given]
-        made = self._window(reached, seeds, given, replace(settings, num_frames=len(frames)), on_step)
+        made = self._window(reached, seeds, given, replace(settings, num_frames=len(frames)), hooks)
         video = made.video
         if reached.tail is not None and settings.window is not None:
             video = faded(video, reached.tail, settings.window.fade_frames)
@@ -220,16 +226,16 @@ class Pipeline:
         seeds: list[int],
         conditions: list[AnyCondition],
         settings: SamplingSettings,
-        on_step: Callable[[], None] | None,
+        hooks: Hooks,
     ) -> MadeWindow:
         """All frames of a window, of the length that the model makes at once."""
         cells = self._rule.latent_shape(settings.num_frames, settings.height, settings.width)
         num_tokens = cells[0] * cells[1] * cells[2]
         given = [lifted(self._encoded(condition), settings.start_sigma) for condition in conditions]
         start = self._start(cells, seeds, given, settings)
-        found = None if self.guide is None else self.guide.features(reached.texts, seeds, cells, head_of(given, len(seeds)))
-        features = None
-        if found is not None:
+        found, features = None, None
+        if self.guide is not None:
+            found = self.guide.features(reached.texts, seeds, cells, head_of(given, len(seeds)), hooks.on_token)
             start = begun(start, found.features, settings.start_sigma)
             features = on_tokens(found.features, start, settings.features_in_negative) if injects(self.dit) else None
         sigmas = (settings.schedule or self.schedule).sigmas(settings.num_steps, num_tokens) * settings.start_sigma
@@ -242,7 +248,7 @@ class Pipeline:
         velocity = guided_velocity(self.dit, reached.positive, reached.negative, start.coordinates, settings.guidance, features)
         prepare = noise_on_given(start, sigmas, settings.condition_noise_scale, partial(drawn, "condition_noise"))
         solve, before = SOLVERS[settings.solver](partial(drawn, "step")), time.perf_counter()
-        tokens = solve(velocity, start.tokens, levels, on_step, prepare)[:, :num_tokens]
+        tokens = solve(velocity, start.tokens, levels, hooks.on_step, prepare)[:, :num_tokens]
         if tokens.is_cuda:
             torch.cuda.synchronize(tokens.device)
         seconds = time.perf_counter() - before
@@ -368,6 +374,11 @@ def _settings(guidance_scale: float | None, fields: dict[str, Any]) -> SamplingS
     if "guidance" not in fields:
         fields = fields | {"guidance": Guidance(_DEFAULT_SCALE if guidance_scale is None else guidance_scale)}
     return SamplingSettings(**fields)
+
+
+def _seeds(request: Request, first_index: int) -> list[int]:
+    """Of the videos of a request, the first of which has the index `first_index`."""
+    return [video_seed(request.settings.seed, first_index + row) for row in range(len(request.prompts))]
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -28,6 +28,14 @@ class MadeWindow:
     dit_seconds: float
     ar_seconds: float = 0.0
     indices: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called while videos are made, and may raise to stop: after each step of the DiT, before each token of a guide."""
+
+    on_step: Callable[[], None] | None = None
+    on_token: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

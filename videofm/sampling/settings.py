@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from videofm.config.sample import SampleConfig
+from videofm.config.sample import SamplerConfig
 from videofm.errors import ConfigError
 from videofm.sampling.guidance import Guidance
 from videofm.sampling.schedule import SigmaSchedule, build_schedule
@@ -68,7 +68,7 @@ class SamplingSettings:
         return self.decode_sigma if self.decode_noise_scale is None else self.decode_noise_scale
 
     @classmethod
-    def from_config(cls, config: SampleConfig) -> SamplingSettings:
+    def from_config(cls, config: SamplerConfig) -> SamplingSettings:
         """The settings of a stage."""
         window = config.window
         return cls(

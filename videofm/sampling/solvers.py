@@ -129,10 +129,12 @@ def _along(levels: Tensor, noise: Tensor, move: _Move, on_step: Callable[[], Non
     # Levels of a schedule become (B,); those of tokens are (B, L) already.
     levels = levels.to(state.device)
     levels = levels if levels.ndim > 1 else levels[:, None].expand(-1, len(state))
+    moves = (levels[1:] != levels[:-1]).flatten(1).any(dim=1).tolist()
     for number, (sigma, following) in enumerate(pairwise(levels)):
         if prepare is not None:
             state = prepare(number, state)
-        state = move(number, state, sigma, following)
+        if moves[number]:  # else all tokens wait below the schedule, and the model would be asked for nothing
+            state = move(number, state, sigma, following)
         if on_step is not None:
             on_step()
     return state

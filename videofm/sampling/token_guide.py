@@ -7,7 +7,7 @@ was trained with those of another (coarser) tokenizer of the same VAE.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from videofm.errors import CheckpointError, ConfigError
-from videofm.progress import LOG
 from videofm.registry import resolve
 from videofm.sampling.autoregressive import TokenSampling, sample_tokens
 from videofm.sampling.source import models_folder, training_config
@@ -128,7 +127,12 @@ class TokenGuide:
 
     @torch.no_grad()
     def features(
-        self, prompts: Sequence[str], seeds: Sequence[int], shape: tuple[int, int, int], head: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        shape: tuple[int, int, int],
+        head: Tensor | None = None,
+        on_token: Callable[[], None] | None = None,
     ) -> GuideFeatures:
         """Features for a window of latents, one video for each prompt.
 
@@ -139,6 +143,7 @@ class TokenGuide:
             head: normalised latents `(B, C, k, H, W)` of the first k frames, which are made already; their tokens are the
                 prefix of those drawn. They were encoded as those of a clip that begins there, as the clips of the training
                 were, so a window with a head also starts with `start_token`.
+            on_token: called before each place of the grid is drawn; may raise to stop.
 
         Raises:
             ConfigError: a head that does not fit the window or ends inside a token frame; a window of more token frames than
@@ -151,7 +156,8 @@ class TokenGuide:
         prefix = None if head is None else self._prefix(head, shape, len(prompts))
         text = self._encode(prompts)
         negative = self._encode([""] * len(prompts)) if self.settings.guidance_scale != 1.0 else None
-        indices = sample_tokens(self.ar, text, negative, token_shape, seeds, self.settings, prefix)
+        on_step = None if on_token is None else lambda logits: on_token()
+        indices = sample_tokens(self.ar, text, negative, token_shape, seeds, self.settings, prefix, on_step=on_step)
         features = tokenizer.decode(indices, shape[0]).float()
         if features.is_cuda:
             torch.cuda.synchronize(features.device)
@@ -207,48 +213,3 @@ def check_trained_window(num_token_frames: int, trained: int | None) -> None:
             f"{num_token_frames} token frames at once, and the autoregressive model was trained on {trained} at most "
             "(its objective.window): take shorter windows or clips, or train it with a longer objective.window."
         )
-
-
-def check_origin(guide: TokenGuide, guide_run: str | Path, vae: nn.Module, run: str | Path) -> None:
-    """Refuse a guide that does not belong to `vae`, or whose tokenizer has changed since its autoregressive model was trained.
-
-    The training of the tokenizer keeps its VAE. Where that training is gone, nobody can tell, and the log says so.
-
-    Args:
-        guide: what `TokenGuide.load(guide_run)` gives.
-        guide_run: the run of its autoregressive model, which names that of the tokenizer.
-        vae: that of the pipeline.
-        run: where the pipeline comes from, for messages.
-
-    Raises:
-        ConfigError: the tokenizer of that run, or its VAE, has other weights.
-    """
-    told = training_config(models_folder(guide_run)).get("models", {}).get("tokenizer", {})
-    path, load = told.get("path"), resolve("videofm.models:load")
-    folder = None if path is None else models_folder(path)
-    if folder is not None and folder.exists():
-        theirs = load(folder, role=told.get("role") or "tokenizer")
-        if not same_weights(theirs, guide.tokenizer):
-            raise ConfigError(
-                f"guide {str(guide_run)!r}: the tokenizer at {path} is not the one that this AR model was trained with, whose "
-                "indices would mean something else: train the AR model anew, or bring that tokenizer back."
-            )
-    # The folder of a single model has no VAE beside it.
-    if folder is None or not training_config(folder) or (folder / "model.json").is_file():
-        LOG.warning("the run of the tokenizer of guide %s is not there: that it is of this VAE was not checked", guide_run)
-    elif not same_weights(load(folder, role="vae"), vae):
-        raise ConfigError(
-            f"guide {str(guide_run)!r}: its tokenizer {path} was trained on latents of another VAE than that of run = "
-            f"{str(run)!r}. Features lie in the space of latents: train the tokenizer, the autoregressive model and the DiT "
-            "with one VAE."
-        )
-
-
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have tensors of the same names and values, rounded to bfloat16: a model and its bfloat16 copy have."""
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(_rounded(first[name]), _rounded(second[name])) for name in first)
-
-
-def _rounded(tensor: Tensor) -> Tensor:
-    return (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).cpu()

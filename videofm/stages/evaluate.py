@@ -18,6 +18,7 @@ from typing import Any
 from videofm import media, models, shapes
 from videofm.config import EvaluateConfig
 from videofm.config.evaluate_arlon import FewStepsMetric, LongVideoMetric
+from videofm.config.evaluate_reward import RewardMetric
 from videofm.config.flow_matching import FeaturesConfig, FlowMatchingConfig
 from videofm.config.recipe import (
     CaptionFollowingMetric,
@@ -42,6 +43,7 @@ from videofm.sampling.source import models_folder
 from videofm.stages.evaluate_ar import measure_next_token
 from videofm.stages.evaluate_arlon import measure_tokenizer
 from videofm.stages.evaluate_guided import measure_few_steps, measure_long_videos
+from videofm.stages.evaluate_reward import measure_reward
 from videofm.stages.evaluate_vae import (
     Network,
     measure_compatibility,
@@ -124,6 +126,8 @@ def _measure(metric: EvaluationMetric, run: RunDirectory, seed: int, file: Path,
             return measure_few_steps(metric, run, seed)
         case LongVideoMetric():
             return measure_long_videos(metric)
+        case RewardMetric():
+            return measure_reward(metric, run, seed)
 
 
 def _numbered(name: str, number: int) -> str:

@@ -19,8 +19,9 @@ from videofm.media import Frames
 from videofm.progress import progress
 from videofm.run_dir import RunDirectory, read_jsonl
 from videofm.sampling import Pipeline
+from videofm.sampling.loading import load_pipeline
 from videofm.sampling.settings import SamplingSettings
-from videofm.stages.sample import load_pipeline, read_prompts
+from videofm.stages.sample import read_prompts
 
 CLASSIFIER = ShapeClassifier(shapes.COLOURS, shapes.DIRECTIONS)
 DRIFT_SHARE = 3

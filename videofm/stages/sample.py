@@ -25,19 +25,18 @@ import torch
 
 from videofm import media
 from videofm.config import SampleConfig
-from videofm.config.sample import ConditionConfig
+from videofm.config.sample import ConditionConfig, SamplerConfig
 from videofm.errors import CheckpointError, ConfigError, Interrupted
 from videofm.progress import LOG, progress
 from videofm.run_dir import RunDirectory, read_jsonl, write_atomic
-from videofm.sampling import Pipeline, PixelCondition
-from videofm.sampling.autoregressive import TokenSampling
+from videofm.sampling import PixelCondition
 from videofm.sampling.images import fitted, last_frames, read_image
+from videofm.sampling.loading import load_pipeline
 from videofm.sampling.noise import video_seed
 from videofm.sampling.request import MadeWindow
 from videofm.sampling.settings import SamplingSettings
 from videofm.sampling.source import models_folder
 from videofm.sampling.storyboard import SUFFIXES, Prompt, check_storyboards, prompt_at, read_storyboards, texts_of
-from videofm.sampling.token_guide import TokenGuide, check_origin
 from videofm.sampling.windows import Window, new_frames, spans
 from videofm.stages.diffusers_process import run_diffusers
 from videofm.types import Compression
@@ -49,7 +48,6 @@ _STRIP, _LONGEST_STRIP = 5, 16
 _SECONDS = ("ar_seconds", "dit_seconds")
 _PUBLIC_MULTIPLE = 32
 """LTXPipeline refuses other sizes, whatever the VAE."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(config: SampleConfig, run: RunDirectory) -> dict[str, Any]:
@@ -86,7 +84,7 @@ def run(config: SampleConfig, run: RunDirectory) -> dict[str, Any]:
     return {"num_videos": len(prompts), "sampler": config.sampler, "samples": listed, "num_cut_prompts": num_cut}
 
 
-def read_prompts(config: SampleConfig) -> list[str]:
+def read_prompts(config: SamplerConfig) -> list[str]:
     """The captions of `prompts`, or the lines of `prompts_file` that are not blank.
 
     Raises:
@@ -115,24 +113,6 @@ def _videos(config: SampleConfig) -> list[Prompt]:
     return list(read_prompts(config))
 
 
-def load_pipeline(config: SampleConfig, settings: SamplingSettings) -> Pipeline:
-    """The models of `config`, its guide among them.
-
-    Raises:
-        CheckpointError: a model is missing, or is not one that this sampler loads.
-        ConfigError: a guide of another VAE, or whose tokenizer has changed.
-    """
-    guide, dtype = None, _DTYPES[config.dtype]
-    if config.guide is not None:
-        wanted = config.guide
-        sampling = TokenSampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.guidance_scale)
-        guide = TokenGuide.load(wanted.run, ema=config.ema, settings=sampling, dtype=dtype)
-    pipeline = Pipeline.load(config.run, ema=config.ema, schedule=settings.schedule, dtype=dtype, guide=guide)
-    if guide is not None and config.guide is not None:
-        check_origin(guide, config.guide.run, pipeline.vae, config.run)
-    return pipeline
-
-
 def _with_videofm(config: SampleConfig, run: RunDirectory, prompts: list[Prompt], done: int) -> int:
     """Make the videos from number `done` on; how many of all prompts the text encoder cuts."""
     settings = SamplingSettings.from_config(config)
@@ -142,9 +122,12 @@ def _with_videofm(config: SampleConfig, run: RunDirectory, prompts: list[Prompt]
     num_windows = len(_new_frames(config))
     with progress("sampling steps", num_batches * num_windows * config.num_steps) as bar:
 
-        def on_step() -> None:
+        def stop_if_asked() -> None:
             if run.stop_requested:
                 raise Interrupted("sampling stopped on request; finished videos stay")
+
+        def on_step() -> None:
+            stop_if_asked()
             bar.advance(1)
 
         while done < len(prompts):
@@ -154,6 +137,7 @@ def _with_videofm(config: SampleConfig, run: RunDirectory, prompts: list[Prompt]
                 conditions=[*_first_frames(config, pipeline.vae.compression, batch), *always],
                 first_index=done,
                 on_step=on_step,
+                on_token=stop_if_asked,
                 settings=settings,
             )
             measured = _write(windows, [_video_path(run.path / "samples", index) for index in batch], config.fps)

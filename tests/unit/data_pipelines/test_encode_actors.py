@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import engine
+from data_pipelines import engine, shard_actors
 from data_pipelines.encode import online
 from data_pipelines.encode import run as encode_stage
 from data_pipelines.encode.online import OnlineEncoders
@@ -60,7 +60,7 @@ class FakeRay:
         self.num_actors += 1
         encode = SimpleNamespace(remote=lambda *arguments: SimpleReference(self.answers.pop(0)))
         first = SimpleNamespace(remote=lambda: SimpleReference(self.ready))
-        return SimpleNamespace(encode=encode, ready=first, identities=first)
+        return SimpleNamespace(encode=encode, work=encode, ready=first, identities=first)
 
 
 class SimpleReference:
@@ -71,7 +71,7 @@ class SimpleReference:
 
 
 def use(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    for module in (engine, encode_stage, online):
+    for module in (engine, shard_actors, online):
         monkeypatch.setattr(module, "ray", fake)
     return fake
 

@@ -179,7 +179,7 @@ def test_what_fits_no_model_is_refused(shared: dict[str, Any], tmp_path: Path) -
     refused(ConfigError, r"keep_frames is 3, and these clips have 3 token frames", rollouts={**rollouts, "keep_frames": 3})
     books = {"kind": "rvq", "codebook_size": 16, "dim": 8, "num_levels": 2}
     several = save_tokenizer(tmp_path / "books", quantizer=books)
-    refused(ConfigError, "has 2 codebooks, and one id a cell is stored", tokenizer={"path": several})
+    refused(ConfigError, "has 2 codebooks, so a token is 2 numbers", tokenizer={"path": several})
     narrow = save_tokenizer(tmp_path / "narrow", latent_channels=4)
     refused(ConfigError, "takes latents of 4 channels, and the VAE's have 16", tokenizer={"path": narrow})
     encode(shared, tmp_path / "first")

@@ -36,7 +36,9 @@ class Given:
         self.asked: list[tuple[list[str], list[int], tuple[int, int, int], Tensor | None]] = []
         self.made: list[Tensor] = []
 
-    def features(self, prompts: Any, seeds: Any, shape: tuple[int, int, int], head: Tensor | None = None) -> GuideFeatures:
+    def features(
+        self, prompts: Any, seeds: Any, shape: tuple[int, int, int], head: Tensor | None = None, on_token: Any = None
+    ) -> GuideFeatures:
         self.asked.append((list(prompts), list(seeds), shape, head))
         self.made.append(named_noise(seeds, "features", (16, *shape)))
         return GuideFeatures(self.made[-1], torch.zeros(len(prompts), *shape, dtype=torch.int64), 0.5)

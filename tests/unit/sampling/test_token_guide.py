@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from videofm import models
 from videofm.errors import CheckpointError, ConfigError, DataError
 from videofm.sampling.autoregressive import TokenSampling, sample_tokens
-from videofm.sampling.token_guide import TokenGuide, same_weights, trained_window
+from videofm.sampling.token_guide import TokenGuide, trained_window
 
 PROMPTS, SEEDS, SHAPE = ["a red circle", "a blue square moving left"], [3, 4], (5, 4, 8)
 TOKEN_SHAPE = (3, 2, 4)
@@ -192,16 +192,16 @@ def test_windows_longer_than_those_of_the_training(guide: TokenGuide, tmp_path: 
         assert loaded.features(PROMPTS, SEEDS, (4, 4, 8)).indices.shape == (2, 2, 2, 4)
 
 
-def test_weights_are_the_same_to_the_digits_of_bfloat16(guide: TokenGuide) -> None:
-    """A bfloat16 copy, and that copy in float32 again, are the same; a change of one number, of a shape or of a name is not."""
-    other = parts()["tokenizer"]
-    assert same_weights(guide.tokenizer, other)
-    assert same_weights(guide.tokenizer, other.bfloat16()) and same_weights(other.float(), guide.tokenizer)
-    assert any((a != b).any() for a, b in zip(other.parameters(), guide.tokenizer.parameters(), strict=True))
-    with torch.no_grad():
-        next(other.parameters()).view(-1)[3].mul_(1.02)
-    assert not same_weights(guide.tokenizer, other)
-    assert not same_weights(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
-    one, two = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
-    two.weight.data = one.weight.data.reshape(1, 2)
-    assert not same_weights(one, two)
+def test_a_call_before_each_token_may_stop_it(guide: TokenGuide) -> None:
+    """A head of three latent frames is two token frames of three: 8 of 24 tokens are drawn. A stop comes at once."""
+    calls: list[None] = []
+    guide.features(PROMPTS, SEEDS, SHAPE, latents(3), lambda: calls.append(None))
+    assert len(calls) == 8
+
+    def stop() -> None:
+        calls.append(None)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guide.features(PROMPTS, SEEDS, SHAPE, on_token=stop)
+    assert len(calls) == 9

@@ -13,16 +13,19 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import nn
 
+from tests.unit.runs import write_run
 from tests.unit.sampling import tiny
 from videofm import media, models
 from videofm.config import StageConfig
 from videofm.config.sample import GuideConfig
 from videofm.errors import ConfigError, Interrupted
 from videofm.run_dir import RunDirectory
-from videofm.sampling import Pipeline, Segment, Storyboard, Window, generate
+from videofm.sampling import Pipeline, Segment, Storyboard, Window, generate, token_guide
 from videofm.sampling.autoregressive import TokenSampling
+from videofm.sampling.loading import load_pipeline
+from videofm.sampling.origin import check_origin
 from videofm.sampling.settings import SamplingSettings
-from videofm.sampling.token_guide import TokenGuide, check_origin
+from videofm.sampling.token_guide import TokenGuide
 from videofm.stages import sample
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(StageConfig)
@@ -30,20 +33,6 @@ SIZE: dict[str, Any] = {"num_frames": 21, "height": 16, "width": 16, "fps": 25.0
 WINDOW = {"num_frames": 9, "overlap_frames": 5}
 TOLD = "- {start: 0, stop: 13, prompt: a red circle moving left}\n- {start: 13, stop: 21, prompt: a red circle moving right}\n"
 LEFT, RIGHT = "a red circle moving left", "a red circle moving right"
-
-
-def write_run(path: Path, trained: dict[str, nn.Module], frozen: dict[str, nn.Module], config: dict[str, Any]) -> Path:
-    """A training run with one checkpoint, as the trainer leaves it."""
-    checkpoint = path / "checkpoints" / "step_00000002"
-    checkpoint.mkdir(parents=True)
-    for role, model in trained.items():
-        models.save(model, checkpoint / "models" / role)
-    for role, model in frozen.items():
-        models.save(model, path / "frozen" / role)
-    (checkpoint / "COMMITTED.json").write_text("{}")
-    (path / "lineage.json").write_text(json.dumps({"fingerprint": "x"}))
-    (path / "config.yaml").write_text(json.dumps({"kind": "train", **config}))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +99,8 @@ def test_a_guide_draws_tokens_for_it(runs: dict[str, Path], tmp_path: Path) -> N
     sample.run(wanted, run)
     (row,) = rows(run)
     assert row["ar_seconds"] > 0 and row["dit_seconds"] > 0
-    token_guide = TokenGuide.load(runs["ar"], settings=TokenSampling(0.5, 9, 0.9, 2.0))
-    pipeline = Pipeline.load(runs["dit"], guide=token_guide)
+    guiding = TokenGuide.load(runs["ar"], settings=TokenSampling(0.5, 9, 0.9, 2.0))
+    pipeline = Pipeline.load(runs["dit"], guide=guiding)
     told = Storyboard((Segment(0, 13, LEFT), Segment(13, 21, RIGHT)))
     settings = SIZE | {"window": Window(9, 5), "start_sigma": 0.6, "features_in_negative": True}
     expected = media.to_frames(pipeline.generate([told], guidance_scale=3.0, **settings)[0])
@@ -125,6 +114,12 @@ def test_a_guide_draws_tokens_for_it(runs: dict[str, Path], tmp_path: Path) -> N
     assert np.abs(unguided.astype(int) - media.read_video(run.path / "samples" / "000.mp4")).mean() > 2
 
 
+def unchecked(run: Path) -> str:
+    """What the log says of a guide whose tokenizer has no run."""
+    guide = f"the tokenizer of guide {str(run)!r}"
+    return f"no run of its training tells which VAE {guide} is of: that it is this one was not checked"
+
+
 def test_a_guide_of_another_vae_is_refused(runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match="other_tokenizer was trained on latents of another VAE than that of run"):
         sample.run(config(runs, tmp_path, guide={"run": str(runs["other_ar"])}), directory(tmp_path / "sample"))
@@ -132,9 +127,7 @@ def test_a_guide_of_another_vae_is_refused(runs: dict[str, Path], tmp_path: Path
         sample.run(config(runs, tmp_path, guide={"run": str(runs["ar"])}), directory(tmp_path / "known"))
         assert not caplog.messages
         sample.run(config(runs, tmp_path, guide={"run": str(runs["orphan"])}), directory(tmp_path / "unknown"))
-    assert caplog.messages == [
-        f"the run of the tokenizer of guide {runs['orphan']} is not there: that it is of this VAE was not checked"
-    ]
+    assert caplog.messages == [unchecked(runs["orphan"])]
 
 
 def test_a_guide_whose_tokenizer_changed_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -160,7 +153,7 @@ def test_a_bfloat16_copy_of_the_vae_is_the_same_vae(runs: dict[str, Path], tmp_p
     copy = write_run(tmp_path / "copy", {"dit": roles.pop("dit")}, roles, {})
     for dtype in ("fp32", "bf16"):
         wanted = config(runs, tmp_path, run=str(copy), guide={"run": str(runs["ar"])}, dtype=dtype)
-        assert sample.load_pipeline(wanted, SamplingSettings.from_config(wanted)).guide is not None
+        assert load_pipeline(wanted, SamplingSettings.from_config(wanted)).guide is not None
 
 
 def test_a_tokenizer_without_its_run_is_compared_alone(
@@ -173,7 +166,7 @@ def test_a_tokenizer_without_its_run_is_compared_alone(
     vae = models.load(runs["dit"], role="vae")
     with caplog.at_level("WARNING", logger="videofm"):
         check_origin(guide, ar, vae, runs["dit"])
-    assert caplog.messages == [f"the run of the tokenizer of guide {ar} is not there: that it is of this VAE was not checked"]
+    assert caplog.messages == [unchecked(ar)]
     models.save(models.build("arlon/tokenizer", "tiny", latent_channels=16), alone)
     with pytest.raises(ConfigError, match="tokenizer at .*alone is not the one that this AR model was trained with"):
         check_origin(guide, ar, vae, runs["dit"])
@@ -205,6 +198,25 @@ def test_several_videos_and_a_stop_between_windows(
     assert [row["caption"] for row in rows(run)] == ["a", "b"]
     assert [span["prompt"] for span in rows(run)[1]["windows"]] == ["b", "c", "c", "c"]
     assert media.read_video(run.path / "samples" / "001.mp4").shape == (21, 16, 16, 3)
+
+
+def test_a_stop_is_heard_between_tokens(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for before the second token of the first window: the third is not drawn, and no video is begun."""
+    run, made, tokens = directory(tmp_path / "sample"), token_guide.sample_tokens, []
+
+    def stopping(*args: Any, on_step: Any, **how: Any) -> Any:
+        def each(logits: Any) -> None:
+            tokens.append(logits)
+            if len(tokens) == 2:
+                run.request_stop()
+            on_step(logits)
+
+        return made(*args, on_step=each, **how)
+
+    monkeypatch.setattr(token_guide, "sample_tokens", stopping)
+    with pytest.raises(Interrupted, match="stopped on request"):
+        sample.run(config(runs, tmp_path, guide={"run": str(runs["ar"])}), run)
+    assert len(tokens) == 2 and not list((run.path / "samples").iterdir())
 
 
 def test_requests_that_do_not_fit_are_refused_before_models_are_read(runs: dict[str, Path], tmp_path: Path) -> None:
