@@ -186,6 +186,7 @@ _LIBRARIES = [
     ("scenedetect-headless", "scenedetect", "curation", True, ""),
     ("pyarrow", "pyarrow", "curation", True, ""),
     ("diffusers", "diffusers", "export", False, 'checks an exported folder by loading it: pip install "videofm[export]"'),
+    ("starlette", "starlette", "annotation", False, 'the page of dpo annotate: pip install "videofm[annotate]"'),
 ]
 """Distribution, module to import, group, whether it is required, and what it gives."""
 

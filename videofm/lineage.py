@@ -1,8 +1,8 @@
 """What a stage reads from outside of its recipe, by content: a part of its fingerprint and of its lineage.
 
-A file is its SHA-256; a view what it says together with the files that it extends; a dataset its manifest; a training run
-its newest checkpoint; any other folder the names and sizes of its files, which is what a listing can tell without reading
-everything.
+A file is its SHA-256; a view what it says together with the files that it extends; a dataset its manifest; preferences their
+header, which has the hash of every record; a training run its newest checkpoint; any other folder the names and sizes of its
+files, which is what a listing can tell without reading everything.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from videofm.config.source import read_file
+from videofm.data.preferences import HEADER
 from videofm.files import sha256_of
 
 _READING = {
     *("source", "prompts_file", "manifest", "mix", "view", "path", "run", "samples", "inflate_from", "init_from", "image_vae"),
     *("cache", "weights", "lpips_weights", "i3d_weights"),
-    *("image", "images", "video"),
+    *("image", "images", "video", "videos", "pairs"),
 }
 """Names of the fields that hold a path to read, or a list or mapping of them."""
 
@@ -53,6 +54,8 @@ def digest(path: Path) -> str:
     manifest = sorted(path.glob("manifest/*.json"))
     if manifest:
         return _hash(f"{entry.name} {digest(entry)}" for entry in manifest)
+    if (path / HEADER).is_file():  # other votes leave names and sizes as they are
+        return digest(path / HEADER)
     files = sorted(entry for entry in path.rglob("*") if entry.is_file())
     return _hash(f"{entry.relative_to(path)} {entry.stat().st_size}" for entry in files)
 

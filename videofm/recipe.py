@@ -28,6 +28,7 @@ DRY_RUNS = {
     "train": "videofm.train.build:dry_run",
     "curate": "data_pipelines.curate:dry_run",
     "encode": "data_pipelines.encode.run:dry_run",
+    "dpo_generate": "data_pipelines.candidates.run:dry_run",
 }
 """Kind -> what builds a stage of it without running it. These need neither weights nor data."""
 

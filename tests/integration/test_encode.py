@@ -62,12 +62,12 @@ def tree(folder: Path) -> dict[str, str]:
 class DyingActor(encode_stage.EncodeActor):
     """Kills its process over the second shard, once: the mark says that it happened."""
 
-    def encode(self, group: str) -> Any:
+    def work(self, group: str) -> Any:
         mark = self._folder / "died"
         if group == "00001" and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode(group)
+        return super().work(group)
 
 
 def test_one_actor_that_is_killed_and_replaced_writes_what_two_write(

@@ -10,9 +10,9 @@ LAYER_0 = ("types", "errors", "files", "registry", "config", "run_dir", "progres
 LAYER_1 = ("ops", "attention")
 LAYER_2 = ("parallel",)
 LAYER_3 = ("models",)
-LAYER_4 = ("objectives", "sampling", "data", "evaluation", "checkpoint", "export")
-LAYER_5 = ("train", "report")
-LAYER_7 = ("recipe", "lineage", "stages", "doctor", "cli", "cli_data", "cli_verb", "__main__")
+LAYER_4 = ("objectives", "sampling", "data", "evaluation", "reward", "checkpoint", "export")
+LAYER_5 = ("train", "report", "annotate")
+LAYER_7 = ("recipe", "lineage", "stages", "doctor", "cli", "cli_annotate", "cli_data", "cli_dpo", "cli_verb", "__main__")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYER_0, LAYER_0),
@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sampling": LAYER_0 + LAYER_1,
     "data": LAYER_0,
     "evaluation": LAYER_0,
+    "reward": LAYER_0 + LAYER_1 + LAYER_3 + ("evaluation", "objectives", "sampling"),
     "checkpoint": LAYER_0 + LAYER_2,
     "export": LAYER_0 + LAYER_3,
     **dict.fromkeys(LAYER_5, LAYER_0 + LAYER_1 + LAYER_2 + LAYER_3 + LAYER_4),
@@ -37,6 +38,8 @@ FOR_PIPELINES = (
     "videofm.data.tar",
     "videofm.data.storage",
     "videofm.data.decode",
+    "videofm.data.preferences",
+    "videofm.data.pair_weights",
 )
 """What data_pipelines may use besides layer 0."""
 
@@ -45,7 +48,13 @@ FOR_ENCODING = tuple(
 )
 """What data_pipelines/encode may use besides: it reads clips by the loader's own code, so that both see the same pixels."""
 
-FUNCTION_IMPORTS = ("videofm/registry.py", "videofm/cli.py", "videofm/cli_data.py")
+FUNCTION_IMPORTS = (
+    "videofm/registry.py",
+    "videofm/cli.py",
+    "videofm/cli_annotate.py",
+    "videofm/cli_data.py",
+    "videofm/cli_dpo.py",
+)
 
 OPTIONAL_WRAPPERS = {
     "videofm/progress.py": "rich, on a terminal only",

@@ -20,7 +20,9 @@ def test_module_imports(module: str) -> None:
     assert importlib.import_module(module)
 
 
-@pytest.mark.parametrize("table", ["MODELS", "OBJECTIVES", "ATTENTION_BACKENDS", "DECODERS", "CURATION_STAGES", "STAGES"])
+@pytest.mark.parametrize(
+    "table", ["MODELS", "OBJECTIVES", "ATTENTION_BACKENDS", "DECODERS", "CURATION_STAGES", "STAGES", "REWARDS"]
+)
 def test_every_registered_name_resolves(table: str) -> None:
     for target in getattr(registry, table).values():
         assert registry.resolve(target) is not None, target

@@ -1,9 +1,13 @@
 """A run is the same run when what decides its result is the same: config without execution fields, and what it reads."""
 
+from dataclasses import replace
+
 import pytest
 
+from tests.unit.data.preferred import candidates, neighbours
 from videofm.config import CurateConfig, EvaluateConfig, SampleConfig, TrainConfig
 from videofm.config.data import DataConfig
+from videofm.data.preferences import write_preferences
 from videofm.errors import ConfigError
 from videofm.lineage import digest, outside_inputs
 from videofm.run_dir import RunDirectory, fingerprint
@@ -50,6 +54,18 @@ def test_what_decides_the_result_makes_another_run(tmp_path, change):
     section, values = next(iter(change.items()))
     with pytest.raises(ConfigError, match=rf"changed: {section}\.{next(iter(values))}\. "):
         RunDirectory.create(tmp_path / "run", train(**change))
+
+
+def test_a_vote_the_other_way_is_another_input(tmp_path):
+    """Preferences with one pair turned round: files of the same names and sizes."""
+    pairs = neighbours(candidates(3))
+    turned = [replace(pairs[0], winner=pairs[0].loser, loser=pairs[0].winner), *pairs[1:]]
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for folder, written in ((one, pairs), (same, pairs), (other, turned)):
+        write_preferences(folder, written, "clips")
+    sizes = [[(file.name, file.stat().st_size) for file in sorted(folder.rglob("*.json*"))] for folder in (one, other)]
+    assert sizes[0] == sizes[1]
+    assert digest(one) == digest(same) != digest(other)
 
 
 def test_a_file_more_in_the_source_is_another_input(tmp_path):

@@ -43,15 +43,16 @@ def peak(operation: Callable[[], Any], minus_output: bool) -> int:
     """Bytes that `operation` needs at its worst moment."""
     operation()
     gc.collect()
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to what is resident
     output = operation()
-    highest = _status("VmHWM")
+    highest = status_bytes("VmHWM")
     held = output.numel() * output.element_size() if minus_output and isinstance(output, Tensor) else 0
     return highest - before - held
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size of this process by its name in /proc/self/status, such as `VmRSS`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

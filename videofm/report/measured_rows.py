@@ -11,7 +11,7 @@ from videofm.report.pieces import table
 
 SHARES = ("colour", "direction", "shape", "both", "all", "accuracy")
 """Columns that are shares, shown in percent."""
-NAMES = ("variant", "num_steps", "window", "first_frame")
+NAMES = ("variant", "num_steps", "window", "first_frame", "axis")
 """Columns that say what a row is about: they come first, and the rest as it was written (files sort their keys)."""
 
 

@@ -53,6 +53,7 @@ EVALUATION_CURVES = {
     "mean": ("of latents", "channel"),
     "std": ("of latents", "channel"),
     "frame_std": ("relative to that of all frames", "latent frame"),
+    "mean_by_place": ("mean overall score", "place among the candidates of a prompt"),
 }
 """Lists in evaluation.json that are drawn: key -> what it is, and what is counted along it."""
 SPEED = {
