@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route
 
 from tests.annotate_candidates import write_candidates
-from tests.annotate_voter import PATIENCE, READY, Seen, by_score, cast_votes, chromium, open_page, seen, serving, vote
+from tools.scripted_annotator import PATIENCE, READY, Seen, by_score, cast_votes, chromium, open_page, seen, serving, vote
 from videofm.annotate.agreement import agreement
 from videofm.annotate.store import Store, Vote
 from videofm.cli import main

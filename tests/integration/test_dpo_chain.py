@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.annotate_voter import by_score, cast_votes, serving
 from tests.integration.test_arlon import LAST, LIGHT, end, rows, same_config, start
 from tests.integration.test_train import workers_of
+from tools.scripted_annotator import by_score, cast_votes, serving
 from videofm.data.preferences import read_preferences
 from videofm.run_dir import RunDirectory, read_json
 

@@ -18,6 +18,8 @@ from videofm.errors import ConfigError
 Path_ = tuple[str | int, ...]
 """Where a value lies: keys and list indices from the root."""
 
+MERGE = "<<"
+"""The key whose value, an alias, fills in what a mapping does not say (YAML's merge key, for one mapping)."""
 MAX_BYTES = 4 << 20
 MAX_NODES = 100_000
 MAX_DEPTH = 50
@@ -144,19 +146,36 @@ class _Builder:
         return self.scalar(node)
 
     def mapping(self, node: MappingNode, path: Path_, depth: int) -> dict[str, Any]:
-        """A mapping; duplicate keys and keys that are not text are refused."""
+        """A mapping, over the one that its key `<<` names; duplicate keys and keys that are not text are refused."""
+        inherited = self.inherited(node, path, depth)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
                 raise ConfigError(f"{self.at(key_node)}: a key is plain text")
             key = key_node.value
+            if key == MERGE:
+                continue
             where = ".".join(map(str, (*path, key)))
             if key in values:
                 first = self.origins[(*path, key)].rpartition(":")[2]
                 raise ConfigError(f"{self.at(key_node)}: duplicate key {where!r}, first given on line {first}; keep one")
             self.origins[(*path, key)] = self.at(key_node)
             values[key] = self.build(value_node, (*path, key), depth + 1)
-        return values
+        return {**inherited, **values}
+
+    def inherited(self, node: MappingNode, path: Path_, depth: int) -> dict[str, Any]:
+        """What `<<: *anchor` brings into a mapping: the keys of the other one that it does not give itself, each as a whole."""
+        others = [(key, value) for key, value in node.value if isinstance(key, ScalarNode) and key.value == MERGE]
+        if len(others) > 1:
+            raise ConfigError(f"{self.at(others[1][0])}: `<<` twice in one mapping; keep one")
+        if not others:
+            return {}
+        key_node, other = others[0]
+        if not isinstance(other, MappingNode):
+            raise ConfigError(f"{self.at(key_node)}: `<<` takes one mapping, as in `<<: *anchor`")
+        own = {key.value for key, _ in node.value if isinstance(key, ScalarNode)}
+        kept = [(key, value) for key, value in other.value if not (isinstance(key, ScalarNode) and key.value in own - {MERGE})]
+        return self.mapping(MappingNode(other.tag, kept, other.start_mark, other.end_mark), path, depth + 1)
 
     def scalar(self, node: ScalarNode) -> Any:
         """A number, boolean, null or text; dates stay text."""

@@ -9,6 +9,7 @@ import pytest
 from videofm.config import CurateConfig, RecipeConfig, TrainConfig
 from videofm.config.describe import describe, json_schema, schema_of, schemas
 from videofm.config.load import interpolate, load
+from videofm.config.source import parse
 from videofm.errors import ConfigError
 
 TRAIN = """\
@@ -185,6 +186,42 @@ def test_aliases_cannot_grow_without_bound(write) -> None:  # type: ignore[no-un
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
     with pytest.raises(ConfigError, match="too large"):
         load(write("\n".join(lines)), schema=TrainConfig)
+
+
+def test_a_merge_key_fills_in_what_a_mapping_does_not_say() -> None:
+    """YAML's own rule: a key that is given replaces the whole of the other's; the other may have a `<<` too."""
+    source = parse(
+        """base: &base
+  a: {x: 1, y: 2}
+  b: [1, 2]
+middle: &middle
+  <<: *base
+  c: 3
+top:
+  b: 4
+  <<: *middle
+  a: {y: 5}
+""",
+        "file",
+    )
+    assert source.values["middle"] == {"a": {"x": 1, "y": 2}, "b": [1, 2], "c": 3}
+    assert source.values["top"] == {"a": {"y": 5}, "b": 4, "c": 3}
+    assert source.origin(("top", "a", "y")) == "file:10" and source.origin(("top", "b")) == "file:8"
+    assert source.origin(("top", "c")) == "file:6" and source.origin(("middle", "b", 1)) == "file:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a: &a {x: 1}\nb: {<<: [*a]}", "file:2: `<<` takes one mapping"),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n  <<: *a", "file:4: `<<` twice"),
+        ("a: &a {x: 1, x: 2}\nb: {<<: *a}", "duplicate key 'a.x'"),
+        ("a: &a {<<: *a}", "not valid YAML"),
+    ],
+)
+def test_merge_keys_that_are_refused(text: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse(text, "file")
 
 
 def test_defaults_fill_what_nobody_said(write) -> None:  # type: ignore[no-untyped-def]

@@ -121,9 +121,17 @@ function askForName() {
   (state.names.length ? byId("ask-title") : byId("name")).focus();
 }
 
+/** Where a screen reader goes on, without the ring that says "you came here by Tab". */
+function focusPrompt() {
+  const prompt = byId("prompt");
+  prompt.classList.add("led");
+  prompt.addEventListener("blur", () => prompt.classList.remove("led"), { once: true });
+  prompt.focus();
+}
+
 function beginAs(name) {
   change("/api/name", { name }, `Hello ${name}.`).then(() => {
-    if (state.annotator !== null && state.pair !== null) byId("prompt").focus();
+    if (state.annotator !== null && state.pair !== null) focusPrompt();
   });
 }
 
@@ -263,7 +271,7 @@ function vote(choice) {
 function undo() {
   if (!waiting && state !== null && state.can_undo) {
     const wasDone = state.pair === null;
-    change("/api/undo", {}, "Undone. The same pair again.").then(() => { if (wasDone && state.pair !== null) byId("prompt").focus(); });
+    change("/api/undo", {}, "Undone. The same pair again.").then(() => { if (wasDone && state.pair !== null) focusPrompt(); });
   }
 }
 
