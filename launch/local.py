@@ -1,4 +1,4 @@
-"""Launch on this machine: one process a rank, joined through a file, watched until they end.
+"""Ranks on this machine: one process each, joined through a file, watched until they end.
 
 Ranks run in a session of their own, so that Ctrl-C at a terminal reaches only the verb, which asks them to save and stop. They
 die with the process that launched them.
@@ -7,141 +7,104 @@ die with the process that launched them.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
-from videofm.errors import CheckpointError, ConfigError, DataError, Interrupted, ParallelError, VideofmError
-from videofm.run_dir import RunDirectory, read_json
+from launch.ranks import Attempt, Outcome, grace, outcome_of, said
+from videofm.errors import ParallelError
 
-_GRACE_SECONDS = 20.0
-_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, ParallelError)}
-"""What a rank calls its failure -> what the verb raises, so that a wrong request has its own exit code."""
-_NOTICED = "CollectiveError"
-"""What a rank calls its failure where another rank is the cause."""
+_POLL_SECONDS = 0.05
 
 
-@dataclass
-class LocalHandle:
-    """The ranks of one attempt."""
+class LocalRanks:
+    """The ranks of one attempt; see `launch.ranks.Ranks`."""
 
-    run: RunDirectory
-    attempt: Path
-    processes: list[subprocess.Popen[bytes]]
-    _codes: dict[int, int] = field(default_factory=dict)
-    _ended: set[int] = field(default_factory=set)
+    def __init__(self, attempt: Attempt, processes: list[subprocess.Popen[bytes]]) -> None:
+        self._attempt, self._processes = attempt, processes
+        self._codes: dict[int, int] = {}
+        self._states: dict[int, str] = {}
+        self._ended: set[int] = set()
 
-    def wait(self) -> None:
-        """Wait for all ranks.
-
-        Raises:
-            Interrupted: they saved and stopped on request.
-            VideofmError: a rank failed (then of the class that the rank raised) or died; the others are ended.
-        """
+    def wait(self) -> Outcome:
+        """Wait for all of them; once one ended that was not done, the others have a moment left."""
         try:
-            while len(self._codes) < len(self.processes):
+            while len(self._codes) < len(self._processes) and self._all_well():
+                time.sleep(_POLL_SECONDS)
                 self._collect()
-                if any(code not in (0, 75) for code in self._codes.values()):
-                    self._end_rest()
-                time.sleep(0.05)
+            self._wait_for_rest()
         finally:
-            self._end_rest()
-        self._raise_outcome()
+            self.end()
+        return outcome_of(self._attempt.folder, self._codes, self._ended)
 
-    def _collect(self) -> None:
-        for rank, process in enumerate(self.processes):
-            code = process.poll()
-            if code is not None:
-                self._codes.setdefault(rank, code)
-
-    def _end_rest(self) -> None:
-        """End ranks that wait for one that is gone."""
-        alive = [process for process in self.processes if process.poll() is None]
-        if not alive:
-            return
-        deadline = time.monotonic() + (_GRACE_SECONDS if self.run.stop_requested else 2.0)
-        while time.monotonic() < deadline and any(process.poll() is None for process in alive):
-            time.sleep(0.05)
-        for rank, process in enumerate(self.processes):
-            if process.poll() is None:
+    def end(self) -> None:
+        """Kill those that still run."""
+        self._collect()
+        for rank, process in enumerate(self._processes):
+            if rank not in self._codes:
                 self._ended.add(rank)
                 process.kill()
-        for process in alive:
+        for process in self._processes:
             process.wait()
         self._collect()
 
-    def _raise_outcome(self) -> None:
-        """Turn what the ranks wrote into one error. A rank that said why it failed comes before one that just died, and that
-        before those who noticed."""
-        outcomes = {rank: self._outcome(rank) for rank in range(len(self.processes))}
-        said = {rank: outcome for rank, outcome in outcomes.items() if outcome is not None}
-        failed = {rank: outcome for rank, outcome in said.items() if outcome["state"] == "failed"}
-        noticed = [rank for rank, outcome in failed.items() if outcome["kind"] == _NOTICED]
-        for rank in [rank for rank in failed if rank not in noticed]:
-            raise self._failure(rank, failed[rank])
-        silent = [rank for rank, outcome in outcomes.items() if outcome is None and rank not in self._ended]
-        if silent:
-            rank, code = silent[0], self._codes[silent[0]]
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            more = f"; rank {noticed[0]} says: {failed[noticed[0]]['message']}" if noticed else ""
-            raise VideofmError(f"rank {rank} {how}; run the same command again to go on from the last checkpoint{more}")
-        for rank in noticed:
-            raise self._failure(rank, failed[rank])
-        stopped = [outcome for outcome in said.values() if outcome["state"] == "interrupted"]
-        if stopped:
-            raise Interrupted(stopped[0]["message"])
+    def _collect(self) -> None:
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is not None and rank not in self._codes:
+                self._codes[rank] = code
+                word = said(self._attempt.folder, rank)
+                self._states[rank] = "silent" if word is None else word["state"]
 
-    def _failure(self, rank: int, outcome: dict[str, str]) -> VideofmError:
-        where = f" (rank {rank})" if len(self.processes) > 1 else ""
-        traceback = self.attempt / f"rank_{rank}_traceback.txt"
-        more = f"; traceback in {traceback}" if traceback.exists() else ""
-        return _ERRORS.get(outcome["kind"], VideofmError)(f"{outcome['message']}{where}{more}")
+    def _all_well(self) -> bool:
+        return all(state in ("finished", "interrupted") for state in self._states.values())
 
-    def _outcome(self, rank: int) -> dict[str, str] | None:
-        path = self.attempt / f"rank_{rank}.json"
-        return read_json(path) if path.exists() else None
+    def _wait_for_rest(self) -> None:
+        started = time.monotonic()
+        while len(self._codes) < len(self._processes) and time.monotonic() < started + grace(
+            self._attempt, self._states.values()
+        ):
+            time.sleep(_POLL_SECONDS)
+            self._collect()
 
 
-def submit(run: RunDirectory, world_size: int) -> LocalHandle:
-    """Start `world_size` ranks of the training run in `run`, for its newest attempt.
+def start(attempt: Attempt) -> LocalRanks:
+    """Start the ranks of `attempt` as processes of this machine. What rank 0 prints is seen here.
 
     Raises:
         ParallelError: CUDA is in use and the machine has fewer devices than ranks.
     """
-    _check_devices(run, world_size)
-    attempt = max((run.path / "attempts").iterdir())
-    processes = []
-    for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "VIDEOFM_RENDEZVOUS": str((attempt / "rendezvous").absolute()),
-            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        }
-        command = [sys.executable, "-m", "videofm.train.worker", str(run.path), str(int(attempt.name))]
-        processes.append(_start(command, environment, None if rank == 0 else attempt / f"rank_{rank}.out"))
-    return LocalHandle(run, attempt, processes)
+    _check_devices(attempt)
+    shared = {
+        "VIDEOFM_RENDEZVOUS": str((attempt.folder / "rendezvous").absolute()),
+        "VIDEOFM_LAUNCHER": str(os.getpid()),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+    ranks = LocalRanks(attempt, processes := [])
+    try:
+        for rank in range(attempt.world_size):
+            environment = {**os.environ, **attempt.environment(rank, rank, attempt.world_size), **shared}
+            processes.append(_start(attempt.command, environment, None if rank == 0 else attempt.output(rank)))
+    except BaseException:
+        ranks.end()
+        raise
+    return ranks
 
 
-def _start(command: list[str], environment: dict[str, str], output: Path | None) -> subprocess.Popen[bytes]:
+def _start(command: list[str], environment: Mapping[str, str], output: Path | None) -> subprocess.Popen[bytes]:
     if output is None:
         return subprocess.Popen(command, env=environment, start_new_session=True)
     with output.open("wb") as file:
         return subprocess.Popen(command, env=environment, start_new_session=True, stdout=file, stderr=file)
 
 
-def _check_devices(run: RunDirectory, world_size: int) -> None:
-    if run.config["trainer"]["device"] == "cpu" or not Path("/dev/nvidia0").exists():
+def _check_devices(attempt: Attempt) -> None:
+    if attempt.run.config["trainer"]["device"] == "cpu" or not Path("/dev/nvidia0").exists():
         return
-    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if world_size > devices:
+    devices, ranks = len(list(Path("/dev").glob("nvidia[0-9]*"))), attempt.world_size
+    if ranks > devices:
         raise ParallelError(
-            f"{world_size} ranks need {world_size} GPUs and this machine has {devices}; "
-            f"choose parallel.data_degree, context_degree and tensor_degree whose product is {devices}, or trainer.device=cpu"
+            f"{ranks} ranks need {ranks} GPUs and this machine has {devices}; choose parallel.data_degree, context_degree and "
+            f"tensor_degree whose product is {devices}, or trainer.device=cpu"
         )

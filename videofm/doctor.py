@@ -1,5 +1,7 @@
 """What this machine can do: every part is run once on something tiny; a missing one says what it gives and how to get it.
 
+What is looked at in the machine itself is in `doctor_machine`, and where ranks meet in `doctor_ranks`.
+
 A check that crashes is a check that failed; it does not stop the others. Decoders and attention kernels are native code
 that can take a process down, so each is tried in a process of its own (`python -m videofm.doctor GROUP NAME`).
 """
@@ -8,9 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +24,16 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from videofm import registry
-from videofm.errors import ConfigError, VideofmError
+from videofm import doctor_machine, doctor_ranks, registry
+from videofm.doctor_machine import MIN_DISK_GIB, Absent
+from videofm.errors import VideofmError
 from videofm.run_dir import code_version
 
 OK, ABSENT, FAILED = "ok", "absent", "failed"
 MARKS = {OK: "ok    ", ABSENT: "absent", FAILED: "FAILED"}
-MIN_DISK_GIB, MIN_SHM_MIB = 5.0, 256.0
-APART, PATIENCE = ("decoders", "attention"), 180.0
+SEVERITIES = {OK: "ok", ABSENT: "note", FAILED: "warning"}
+"""State of an optional part -> how bad that is. Of a required part all but ok is an error."""
+APART, PATIENCE = ("decoders", "attention", "ranks"), 180.0
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ class Check:
     fix: str = ""
     required: bool = False
 
-
-class Absent(Exception):
-    """An optional part is not there; the first argument says why."""
+    @property
+    def severity(self) -> str:
+        """`ok`, `note` (an optional part is not there), `warning` (it is there and does not work) or `error` (a required part
+        does not work)."""
+        return "error" if self.required and self.state != OK else SEVERITIES[self.state]
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ def examine(folder: Path = Path(".")) -> list[Check]:
 
 
 def exit_code(checks: list[Check]) -> int:
-    """1 when a required part does not work."""
-    return int(any(check.required and check.state != OK for check in checks))
+    """1 when anything is an error: a required part does not work."""
+    return int(any(check.severity == "error" for check in checks))
 
 
 def as_json(checks: list[Check]) -> str:
     """The checks as JSON."""
-    return json.dumps({"videofm": code_version(), "checks": [asdict(check) for check in checks]}, indent=2)
+    found = [asdict(check) | {"severity": check.severity} for check in checks]
+    return json.dumps({"videofm": code_version(), "exit_code": exit_code(checks), "checks": found}, indent=2)
 
 
 def as_text(checks: list[Check]) -> str:
@@ -134,30 +138,63 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _specs(folder: Path) -> list[_Spec]:
-    core = 'reinstall the pinned versions: pip install -c constraints.txt -e "."'
-    machine = "machine"
-    specs = [
-        _Spec(machine, "python", _python, "use Python 3.11 or 3.12", required=True),
-        _Spec(machine, "cpu", _cpu),
-        _Spec(machine, "torch", _torch, core, required=True),
+def _machine_specs(folder: Path, core: str) -> list[_Spec]:
+    machine, group = doctor_machine, "machine"
+    return [
+        _Spec(group, "python", machine.python, "use Python 3.11 or 3.12", required=True),
+        _Spec(group, "cpu", machine.cpu, "run on Linux: cores and memory cannot be counted here"),
+        _Spec(group, "limits", machine.limits, "raise them: ulimit -n 65536 (systemd and Slurm have limits of their own)"),
+        _Spec(group, "torch", machine.torch, core, required=True),
         _Spec(
-            machine,
+            group,
             "gpu",
-            _gpu,
-            "training on GPUs is 10 to 1000 times faster; needs an NVIDIA driver and a CUDA build of torch",
+            machine.gpu,
+            "training on GPUs is 10 to 1000 times faster; needs an NVIDIA driver and a CUDA build of torch. One that computes "
+            "wrong or has memory errors must be reset or replaced",
         ),
-        _Spec(machine, "bf16 matmul", _bf16, "train with trainer.precision=fp32", required=False),
+        _Spec(group, "bf16 matmul", machine.bf16, "train with trainer.precision=fp32"),
         _Spec(
-            machine, "disk", lambda: _disk(folder), f"keep {MIN_DISK_GIB:.0f} GiB free: checkpoints and shards", required=True
+            group,
+            "compiler",
+            machine.compiler,
+            "parallel.offload_optimizer and trainer.compile build code on first use: apt-get install g++ ninja-build",
         ),
         _Spec(
-            machine,
+            group,
+            "disk",
+            lambda: machine.disk(folder),
+            f"keep {MIN_DISK_GIB:.0f} GiB free for checkpoints and shards; look at another folder with --folder DIR",
+            required=True,
+        ),
+        _Spec(
+            group,
             "shared memory",
-            _shm,
-            "mount a larger /dev/shm (containers: --shm-size=2g); Ray and decoding workers use it",
+            machine.shared_memory,
+            "mount a larger /dev/shm (containers: --shm-size=2g); Ray and NCCL use it",
         ),
-        _Spec(machine, "ffmpeg", _ffmpeg, "not needed (PyAV brings its own); handy to look at files: apt-get install ffmpeg"),
+        _Spec(
+            group, "ffmpeg", machine.ffmpeg, "not needed (PyAV brings its own); handy to look at files: apt-get install ffmpeg"
+        ),
+    ]
+
+
+def _rank_specs() -> list[_Spec]:
+    group, ranks = "ranks", doctor_ranks
+    free = "set MASTER_ADDR and MASTER_PORT to an address of this machine and a free port, or mend /etc/hosts"
+    loopback = "let processes connect to 127.0.0.1: bring the loopback interface up, and look at firewalls"
+    return [
+        _Spec(group, "place", ranks.place, "unset RANK and WORLD_SIZE, or set all that belongs to them"),
+        _Spec(group, "port", ranks.port, free),
+        _Spec(group, "two processes", ranks.two_processes, loopback, required=True),
+        _Spec(group, "two GPUs", ranks.two_gpus, "for training on several GPUs; NCCL_DEBUG=INFO tells what it tries"),
+    ]
+
+
+def _specs(folder: Path) -> list[_Spec]:
+    core = f'reinstall the pinned versions: {_INSTALL} "."'
+    specs = [
+        *_machine_specs(folder, core),
+        *_rank_specs(),
         _Spec("training", "gloo", _gloo, "check that the loopback interface is up", required=True),
         _Spec("training", "nccl", _nccl, "collectives between GPUs; comes with a CUDA build of torch"),
     ]
@@ -165,17 +202,17 @@ def _specs(folder: Path) -> list[_Spec]:
         fix = core if required else gives
         specs.append(_Spec(group, name, _importer(name, module), fix, required))
     for name in registry.DECODERS:
-        gives = "reads frames; one decoder is enough, " + (
-            "pip install av" if name == "pyav" else 'pip install "videofm[decoders]"'
-        )
+        gives = "reads frames; one decoder is enough, " + ("pip install av" if name == "pyav" else f'{_INSTALL} ".[decoders]"')
         specs.append(_Spec("decoders", name, _decoder(name), gives, required=name == "pyav"))
     for name in registry.ATTENTION_BACKENDS:
         gives = "attention with block masks on NVIDIA GPUs; comes with torch"
         if name != "flex":
-            gives = 'faster attention on NVIDIA GPUs: pip install "videofm[gpu]"'
+            gives = f'faster attention on NVIDIA GPUs: {_INSTALL} ".[gpu]"'
         specs.append(_Spec("attention", name, _attention(name), gives, required=name in ("math", "sdpa")))
     return specs
 
+
+_INSTALL = "pip install -c constraints.txt -e"
 
 _LIBRARIES = [
     ("deepspeed", "deepspeed", "training", True, ""),
@@ -185,90 +222,10 @@ _LIBRARIES = [
     ("ray", "ray", "curation", True, ""),
     ("scenedetect-headless", "scenedetect", "curation", True, ""),
     ("pyarrow", "pyarrow", "curation", True, ""),
-    ("diffusers", "diffusers", "export", False, 'checks an exported folder by loading it: pip install "videofm[export]"'),
-    ("starlette", "starlette", "annotation", False, 'the page of dpo annotate: pip install "videofm[annotate]"'),
+    ("diffusers", "diffusers", "export", False, f'checks an exported folder by loading it: {_INSTALL} ".[export]"'),
+    ("starlette", "starlette", "annotation", False, f'the page of dpo annotate: {_INSTALL} ".[annotate]"'),
 ]
 """Distribution, module to import, group, whether it is required, and what it gives."""
-
-
-def _python() -> str:
-    if sys.version_info >= (3, 13):
-        raise ConfigError(f"Python {platform.python_version()} is newer than what the pinned packages support")
-    return f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-
-
-def _cpu() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{usable} cores usable of {os.cpu_count()}, {pages:.1f} GiB of memory"
-
-
-def _torch() -> str:
-    torch = import_module("torch")
-    left = torch.arange(6.0).reshape(2, 3)
-    assert torch.equal(left @ left.T, torch.tensor([[5.0, 14.0], [14.0, 50.0]])), "a matrix product is wrong"
-    return f"{torch.__version__}, {torch.get_num_threads()} threads"
-
-
-def _gpu() -> str:
-    torch = import_module("torch")
-    if not torch.cuda.is_available():
-        raise Absent("no CUDA device: everything runs on the CPU")
-    names = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        ones = torch.ones(8, 8, device=f"cuda:{index}")
-        assert float((ones @ ones).sum()) == 512.0, f"a matrix product on device {index} is wrong"
-        names.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
-    return f"{len(names)}: {', '.join(names)}; CUDA {torch.version.cuda}"
-
-
-def _bf16() -> str:
-    torch = import_module("torch")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 512
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.eye(size, device=device, dtype=dtype)
-        assert torch.equal(matrix @ matrix, matrix), f"{dtype}: the product of identities is wrong"
-        started = time.perf_counter()
-        for _ in range(5):
-            matrix = matrix @ matrix
-        float(matrix.sum())
-        times[dtype] = time.perf_counter() - started
-    return f"works on {device}, {times[torch.float32] / times[torch.bfloat16]:.1f} times the speed of fp32 at {size}x{size}"
-
-
-def _disk(folder: Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / 2**30
-    started = time.perf_counter()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".videofm-doctor-") as file:
-        file.write(b"0" * (8 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-    rate = 8 / (time.perf_counter() - started)
-    if free < MIN_DISK_GIB:
-        raise ConfigError(f"only {free:.1f} GiB free in {folder.resolve()}, at least {MIN_DISK_GIB:.0f} GiB are needed")
-    return f"{free:.1f} GiB free, writes and syncs 8 MiB at {rate:.0f} MiB/s"
-
-
-def _shm() -> str:
-    if not Path("/dev/shm").is_dir():
-        raise Absent("this system has no /dev/shm")
-    free = shutil.disk_usage("/dev/shm").free / 2**20
-    if free < MIN_SHM_MIB:
-        raise ConfigError(f"{free:.0f} MiB free, at least {MIN_SHM_MIB:.0f} MiB are needed")
-    return f"{free:.0f} MiB free in /dev/shm"
-
-
-def _ffmpeg() -> str:
-    path = shutil.which("ffmpeg")
-    if path is None:
-        raise Absent("not installed")
-    done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=20, check=True)
-    return " ".join(done.stdout.splitlines()[0].split()[:3])
 
 
 def _gloo() -> str:

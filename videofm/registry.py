@@ -127,6 +127,13 @@ STAGES = {
     "report": "videofm.stages.report:run",
 }
 
+LAUNCHERS = {
+    "local": "launch.local:start",
+    "ray": "launch.ray_ranks:start",
+    "slurm": "launch.srun:start",
+}
+"""Who starts the ranks of a training run (`VIDEOFM_RANKS`): functions that `launch.ranks` describes."""
+
 
 def resolve(target: str) -> Any:
     """The object behind `"module:attribute"`; imports the module."""

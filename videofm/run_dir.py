@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._stop_asked = False
 
     @classmethod
     def create(cls, path: str | Path, config: BaseModel, inputs: Mapping[str, str] | None = None) -> RunDirectory:
@@ -101,10 +103,16 @@ class RunDirectory:
             write_json(run.path / "env.json", environment())
             write_json(
                 run.path / "lineage.json",
-                {"fingerprint": wanted, "inputs": inputs, "code": code_version(), "created": now()},
+                {
+                    "fingerprint": wanted,
+                    "inputs": inputs,
+                    "code": code_version(),
+                    "created": now(),
+                    "birth": secrets.token_hex(4),
+                },
             )
         # The result is the same, but how the work is done (ranks, workers, logs) may have changed since the last attempt.
-        write_atomic(run.path / "config.yaml", _as_yaml(config))
+        run.set_config(config)
         return run
 
     @property
@@ -114,9 +122,20 @@ class RunDirectory:
         return read_json(path)["fingerprint"] if path.exists() else None
 
     @property
+    def birth(self) -> str | None:
+        """Tells this run directory from an earlier or later one of the same place and config; None where a version made it that
+        wrote no such thing, or where there is no run yet."""
+        path = self.path / "lineage.json"
+        return read_json(path).get("birth") if path.exists() else None
+
+    @property
     def config(self) -> dict[str, Any]:
         """The resolved config, as plain values."""
         return read_json(self.path / "config.yaml")
+
+    def set_config(self, config: BaseModel) -> None:
+        """Write the resolved config of the newest attempt; its result is that of the config before."""
+        write_atomic(self.path / "config.yaml", _as_yaml(config))
 
     @property
     def metrics_path(self) -> Path:
@@ -129,19 +148,27 @@ class RunDirectory:
 
     # -- attempts and their outcome
 
-    def start_attempt(self) -> Path:
-        """A fresh `attempts/NNNN/` for this try; takes an old request to stop away."""
-        (self.path / "control" / "stop").unlink(missing_ok=True)
+    def start_attempt(self, again: bool = False) -> Path:
+        """A fresh `attempts/NNNN/` for this try; takes an old request to stop away, unless it is made `again` by the same
+        process, for which a request may have come meanwhile."""
+        if not again:
+            self._stop_asked = False
+            (self.path / "control" / "stop").unlink(missing_ok=True)
         last = max((int(path.name) for path in self._attempts()), default=0)
         attempt = self.path / "attempts" / f"{last + 1:04d}"
         attempt.mkdir(parents=True)
         return attempt
 
+    @property
+    def newest_attempt(self) -> Path:
+        """The folder of the newest attempt; there is one once `start_attempt` was called."""
+        return self._attempts()[-1]
+
     def set_outcome(self, state: str, message: str = "", **results: Any) -> None:
         """Say how the newest attempt ended: `finished`, `interrupted` or `failed`, with results worth keeping."""
         assert state in ("finished", "interrupted", "failed"), state
-        attempt = self._attempts()[-1]
-        write_json(attempt / "outcome.json", {"state": state, "message": message, "time": now(), "results": results})
+        outcome = {"state": state, "message": message, "time": now(), "results": results}
+        write_json(self.newest_attempt / "outcome.json", outcome)
 
     @property
     def outcome(self) -> dict[str, Any] | None:
@@ -157,7 +184,12 @@ class RunDirectory:
         return outcome is not None and outcome["state"] == "finished"
 
     def request_stop(self) -> None:
-        """Ask whatever works here to save and to stop at its next step."""
+        """Ask whatever works here to save and to stop at its next step. This object remembers it, also where the disk is full.
+
+        Raises:
+            OSError: the file that tells other processes cannot be written.
+        """
+        self._stop_asked = True
         stop = self.path / "control" / "stop"
         stop.parent.mkdir(parents=True, exist_ok=True)
         stop.touch()
@@ -165,7 +197,7 @@ class RunDirectory:
     @property
     def stop_requested(self) -> bool:
         """Whether `control/stop` was touched."""
-        return (self.path / "control" / "stop").exists()
+        return self._stop_asked or (self.path / "control" / "stop").exists()
 
     def _attempts(self) -> list[Path]:
         return sorted((self.path / "attempts").glob("[0-9]*"))
@@ -174,7 +206,7 @@ class RunDirectory:
         path = self.path / "config.yaml"
         if not path.exists():
             return []
-        old, new = dict(_leaves(self.config)), dict(_leaves(result_fields(config)))
+        old, new = dict(leaves(self.config)), dict(leaves(result_fields(config)))
         return sorted(key for key, value in new.items() if old.get(key) != value)[:5]
 
 
@@ -220,10 +252,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by their dotted keys; a list is a value."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 

@@ -56,18 +56,18 @@ def describe(section: type[BaseModel]) -> str:
 
 def _fields(section: type[BaseModel], depth: int, above: frozenset[type[BaseModel]]) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        if name == "kind":
-            continue
+        if name == "kind" and typing.get_origin(field.annotation) is typing.Literal:
+            continue  # the choice that led here
         yield from _field(name, field, depth)
         for kind, member in members(field.annotation).items():
             if member in above or kind in members(StageConfig):
                 continue  # the stages of a recipe have a help of their own
             if kind:
-                yield f"{'  ' * (depth + 1)}kind: {kind}  ({_first_line(member)})"
+                yield from _kind(kind, member, depth + 1)
             yield from _fields(member, depth + 1 + bool(kind), above | {member})
         for kind, member in _contained(field.annotation).items():
             if kind:
-                yield f"{'  ' * (depth + 1)}kind: {kind}  ({_first_line(member)})"
+                yield from _kind(kind, member, depth + 1)
             yield from _fields(member, depth + 1 + bool(kind), above | {member})
 
 
@@ -77,6 +77,14 @@ def _field(name: str, field: FieldInfo, depth: int) -> Iterator[str]:
     indent = " " * 4 + "  " * depth
     yield head
     yield from textwrap.wrap(about, WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _kind(kind: str, member: type[BaseModel], depth: int) -> Iterator[str]:
+    """The line over the fields of one choice, and below it what is too long for the line."""
+    indent = "  " * depth
+    yield from textwrap.wrap(
+        f"kind: {kind}  ({_purpose(member)})", WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    "
+    )
 
 
 def _contained(annotation: Any) -> dict[str, type[BaseModel]]:
@@ -114,17 +122,33 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "  (required)"
     if isinstance(field.default, BaseModel):
-        kind = getattr(field.default, "kind", None)
-        return f" = {kind}" if kind else ""
-    shown = (
-        {None: "null", True: "true", False: "false"}.get(field.default) if not isinstance(field.default, list | dict) else None
-    )
-    # 0 == False and 1 == True in Python: numbers are shown as numbers.
-    return f" = {shown if shown is not None and not _is_number(field.default) else field.default}"
+        differing = _differing(field.default)
+        if list(differing) == ["kind"]:
+            return f" = {differing['kind']}"
+        return f" = {_shown(differing)}" if differing else ""  # nothing: those of its fields, which follow
+    return f" = {_shown(field.default)}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _differing(section: BaseModel) -> dict[str, Any]:
+    """What a section says that is no default of its own fields: it holds only where the whole section is not given."""
+    return {
+        name: _differing(value) if isinstance(value := getattr(section, name), BaseModel) else value
+        for name, field in type(section).model_fields.items()
+        if name == "kind" or field.is_required() or getattr(section, name) != field.default
+    }
+
+
+def _shown(value: Any, inside: bool = False) -> str:
+    """A value as YAML writes it; text that is more than a word is quoted inside lists and sections."""
+    if isinstance(value, BaseModel):
+        value = _differing(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(inner, True)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(_shown(item, True) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value) if inside and isinstance(value, str) and not value.replace("_", "").isalnum() else str(value)
 
 
 def _limits(field: FieldInfo) -> str:
@@ -133,5 +157,6 @@ def _limits(field: FieldInfo) -> str:
     return f" [{', '.join(limits)}]" if limits else ""
 
 
-def _first_line(section: type[BaseModel]) -> str:
-    return (section.__doc__ or "").strip().splitlines()[0].rstrip(".")
+def _purpose(section: type[BaseModel]) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join((section.__doc__ or "").strip().partition("\n\n")[0].split()).rstrip(".")

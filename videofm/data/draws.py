@@ -39,7 +39,7 @@ class Draw:
 
     `stride` is in stored frames. Frames are resized to `resized` (height, width); `top` and `left` are the corner of the
     window of `height` x `width` in them. `shard` is the row of its shard in the manifest, `source` the name of its dataset in a
-    mix, `step` the number of the optimizer step that it is drawn for, `instead_of` the sample that cannot be read, for a spare.
+    mix, `step` the number of its step in the order (from 0), `instead_of` the sample that cannot be read, for a spare.
     `pair` is the id of the pair that the clip is one side of, in an order of pairs.
     """
 
@@ -91,10 +91,11 @@ def units(draws: Sequence[Draw]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PlanState:
-    """Where the order stands: before step `step`, which is `step_in_window` of window `window` of epoch `epoch`.
+    """Where training stands: before optimizer step `step`, at step `step_in_window` of window `window` of epoch `epoch`.
 
     In a mix the other numbers are those of `sources`, the position in each dataset: its `step` counts the clips taken from it,
-    or with buckets the steps.
+    or with buckets the steps. `passed_over` counts the steps of the order that were not read, because training had left its
+    course there (`DataPlan.pass_over`).
     """
 
     step: int = 0
@@ -103,6 +104,12 @@ class PlanState:
     step_in_window: int = 0
     carry: tuple[Clip, ...] = ()
     sources: Mapping[str, PlanState] = field(default_factory=dict)
+    passed_over: int = 0
+
+    @property
+    def data_step(self) -> int:
+        """The number in the order of the next step: those that were read before it, and those that were passed over."""
+        return self.step + self.passed_over
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -110,6 +117,8 @@ class PlanState:
         values["sources"] = {name: source.to_json() for name, source in self.sources.items()}
         if not self.sources:
             del values["sources"]
+        if not self.passed_over:
+            del values["passed_over"]
         return values
 
     @classmethod

@@ -48,7 +48,9 @@ _PR_SET_PDEATHSIG = 1
 
 def main(control: socket.socket) -> None:
     """Serve the trainer until it closes its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the trainer decides what ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # Ctrl-C reaches the whole terminal, a scheduler's signal every process of a job; the trainer decides what ends.
+        signal.signal(number, signal.SIG_IGN)
     children: set[int] = set()
     while True:
         line, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1 + NUM_SLOTS)

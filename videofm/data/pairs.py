@@ -161,9 +161,8 @@ class PairPlan(DataPlan):
             lines.append(f"{len(matched.bad):,} of {total:,} pairs are not used: bad records (data.pairs.on_bad is skip)")
         return [*lines, *map(str, matched.bad)]
 
-    def steps(self, state: PlanState | None = None) -> Iterator[StepPlan]:
-        """The steps from `state` on, without end."""
-        for step in range(state.step if state is not None else 0, 1 << 62):
+    def _ordered(self, state: PlanState) -> Iterator[StepPlan]:
+        for step in range(state.step, 1 << 62):
             drawn = [self._draws(self._pairs[pair_id], epoch, step) for epoch, pair_id in self._drawn(step)]
             parts = [drawn[start : start + self._size] for start in range(0, len(drawn), self._size)]
             batches = [[*(winner for winner, _ in part), *(loser for _, loser in part)] for part in parts]

@@ -111,6 +111,7 @@ class DataPlan:
         }
         self._weights = whole_weights([source.weight for source, _, _ in settings])
         self._recent: OrderedDict[int, frozenset[tuple[str, str]]] = OrderedDict()
+        self._passed_over: list[range] = []
         self.identity = identity_of(config, seed, list(self.sources.values()))
 
     @classmethod
@@ -174,18 +175,34 @@ class DataPlan:
         """The place of the dataset that the clip of a draw is in."""
         return self.sources[draw.source].dataset.place
 
+    def pass_over(self, windows: Sequence[range]) -> None:
+        """Leave out these steps of the order from now on: the one behind them takes their place, as if they had never been.
+
+        Positions say how many were left out before them, so the order from a position on is a function of it and of `windows`.
+        """
+        self._passed_over = list(windows)
+
     def steps(self, state: PlanState | None = None) -> Iterator[StepPlan]:
         """The steps from `state` on, without end."""
         state = state or PlanState()
+        passed_over = state.passed_over
+        for step in self._ordered(replace(state, step=state.data_step, passed_over=0)):
+            number = step.after.step - 1
+            if any(number in window for window in self._passed_over):
+                passed_over += 1
+                continue
+            keys = frozenset((draw.source, draw.key) for batch in step.micro_batches for draw in batch)
+            self._recent[number] = keys
+            while len(self._recent) > REMEMBERED_STEPS:
+                self._recent.popitem(last=False)
+            yield replace(step, after=replace(step.after, step=step.after.step - passed_over, passed_over=passed_over))
+
+    def _ordered(self, state: PlanState) -> Iterator[StepPlan]:
+        """All steps of the order from `state` on, whose `step` counts them: none was passed over."""
         make = self._bucketed_steps if self.buckets is not None else self._clip_steps
         if self.config.mix is not None:
             make = self._mixed_bucketed_steps if self.buckets is not None else self._mixed_clip_steps
-        for step in make(state):
-            keys = frozenset((draw.source, draw.key) for batch in step.micro_batches for draw in batch)
-            self._recent[step.after.step - 1] = keys
-            while len(self._recent) > REMEMBERED_STEPS:
-                self._recent.popitem(last=False)
-            yield step
+        return make(state)
 
     def replacement(self, draw: Draw, attempt: int) -> Draw:
         """What is read in place of a clip that cannot be: the spare number `attempt` (from 0) of `draw`, of the same dataset,

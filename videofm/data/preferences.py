@@ -172,7 +172,8 @@ def write_preferences(
         folder: where; made if need be.
         pairs: the records, in the order that is kept.
         clips: the dataset of their clips. A folder below that of the run's neighbours (`folder/../..`) is stored relative to
-            `folder`, so that a recipe's runs can be moved together; anything else as it is given.
+            `folder`, so that a recipe's runs can be moved together; any other folder absolute, so that it is found from
+            wherever the preferences are read; a URL as it is given.
         facts: more for the header, in plain values (the config of the stage, counts of what was left out).
 
     Returns:
@@ -286,7 +287,7 @@ def _stored_place(folder: Path, clips: str | Path) -> tuple[str, str]:
     here, there = folder.resolve(), Path(clips).resolve()
     if there.is_relative_to(here.parent.parent) and here.parent != here.parent.parent:
         return Path(os.path.relpath(there, here)).as_posix(), "folder"
-    return str(clips), "given"
+    return str(Path(clips).absolute()), "given"
 
 
 def _write_file(folder: Path, number: int, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

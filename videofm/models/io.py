@@ -1,5 +1,5 @@
 """Models on disk: our folder (`model.json` + `model.safetensors`), diffusers folders, the single files of authors, and the
-checkpoints of a run.
+checkpoints of a run. Weights may lie in shards beside an index (`stored.weight_files`).
 
 RUN/checkpoints/step_00000200/  COMMITTED.json  models/ROLE/{model.json, model.safetensors}  ema/ROLE/model.safetensors
 RUN/base/ROLE/{model.json, model.safetensors}  of a role that trains adapters: what they are added to
@@ -24,7 +24,7 @@ from videofm.models.catalog import model_spec, names
 from videofm.models.injection import InjectionSpec, inject_features, injection_spec, refuse_injection
 from videofm.models.lora import LoraSpec, add_lora, is_lora, lora_spec, save_public_lora, without_lora
 from videofm.models.spec import STATISTICS, list_all_keys, list_keys
-from videofm.models.stored import damaged, parse_json, read_json, read_weights
+from videofm.models.stored import damaged, parse_json, read_json, read_weights, weight_files
 from videofm.types import ModelSpec
 
 DESCRIPTION, WEIGHTS, COMMITTED = "model.json", "model.safetensors", "COMMITTED.json"
@@ -173,7 +173,7 @@ def _trained(path: Path, role: str | None, ema: bool) -> tuple[Path, Path]:
     there = trained_roles(path)
     folder = _pick(path / "models", role, "role", there if role else [name for name in there if name != CRITIC] or there)
     averaged = path / "ema" / folder.name / WEIGHTS
-    return folder, averaged if ema and averaged.is_file() else folder / WEIGHTS
+    return folder, averaged if ema and weight_files(averaged) else folder / WEIGHTS
 
 
 def _frozen(path: Path, role: str | None) -> Path | None:
@@ -370,11 +370,8 @@ def public_files(folder: Path) -> list[Path]:
         CheckpointError: there are none; pickles are not read.
     """
     for name in PUBLIC_WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return [folder / file for file in sorted(set(read_json(index)["weight_map"].values()))]
+        if found := weight_files(folder / name):
+            return found
     pickled = sorted(file.name for file in folder.glob("*.bin"))
     hint = f" It has {pickled[0]}, a pickle, which is not read: convert it to safetensors once." if pickled else ""
     raise CheckpointError(f"{folder} has no {' or '.join(PUBLIC_WEIGHTS)} (nor an index of shards).{hint}")

@@ -68,7 +68,7 @@ def inject_lora(model: nn.Module, rank: int, alpha: float | None = None, targets
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("LoRA needs peft, which is not installed: pip install 'videofm[lora]'.") from error
+        raise ConfigError("LoRA needs peft, which is not installed: pip install -c constraints.txt -e '.[lora]'.") from error
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in targets:
         if not any(fnmatch(name, pattern) for name in linear):

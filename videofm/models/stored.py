@@ -17,18 +17,39 @@ _MAX_HEADER = 100_000_000
 """Bytes of a header from which safetensors itself takes a file for damaged."""
 
 
+def weight_files(file: Path) -> list[Path]:
+    """The safetensors files of the weights `file`: itself or, where it is not there and `file.index.json` is, its shards, which
+    lie beside it, as on the hub of Hugging Face and in the checkpoints of several ranks. None where there is neither.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    if file.is_file():
+        return [file]
+    index = file.with_name(f"{file.name}.index.json")
+    if not index.is_file():
+        return []
+    try:
+        return [index.with_name(name) for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is damaged: it must map names of tensors to files beside it ({error}).") from error
+
+
 def read_weights(file: Path, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on `device`.
+    """The tensors of a safetensors file, or of the shards of an index in its place, on `device`.
 
     Raises:
         CheckpointError: it does not exist, or is damaged.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist.")
-    try:
-        return load_file(file, device=str(device))
-    except SafetensorError as error:
-        raise damaged(file, error) from error
+    tensors: dict[str, Tensor] = {}
+    for part in weight_files(file) or [file]:
+        if not part.is_file():
+            raise CheckpointError(f"{part} does not exist.")
+        try:
+            tensors |= load_file(part, device=str(device))
+        except SafetensorError as error:
+            raise damaged(part, error) from error
+    return tensors
 
 
 def damaged(file: Path, error: SafetensorError) -> CheckpointError:

@@ -7,10 +7,11 @@ user needs to know who waited for whom, at what.
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -28,6 +29,9 @@ _NAMES = {
     "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "sample",
 }
 """How megatron-core and torch describe a group -> what we call it."""
+
+_under_way: dict[int, list[tuple[str, dist.ProcessGroup | None]]] = {}
+"""Of each thread, the `naming` blocks that it is in; for those who ask from another thread why it does not go on."""
 
 
 class CollectiveError(ParallelError):
@@ -51,6 +55,8 @@ def naming(doing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]
         CollectiveError: communication failed. Other errors pass as they are.
     """
     started = time.monotonic()
+    mine = _under_way.setdefault(threading.get_ident(), [])
+    mine.append((doing, group))
     try:
         yield
     except RuntimeError as error:
@@ -65,6 +71,27 @@ def naming(doing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]
             "the group ended or came too late; look at its log. Run the same command again to go on from the last checkpoint, "
             "with a larger parallel.timeout if it was only slow."
         ) from error
+    finally:
+        mine.pop()
+
+
+def under_way(thread: int) -> str | None:
+    """What the thread with this identity does, by the innermost `naming` that it is in: `backward pass over the gradient group
+    (ranks 0, 1)`."""
+    blocks = _under_way.get(thread)
+    if not blocks:
+        return None
+    doing, group = blocks[-1]
+    return f"{doing} over {group_name(group)}" if dist.is_initialized() else doing
+
+
+def waits_in(frame: FrameType | None) -> str | None:
+    """The collective that a stack waits in, such as `all_reduce over the data group (ranks 0, 1)`; None where it is in none."""
+    while frame is not None:
+        if frame.f_code.co_filename == distributed_c10d.__file__ and "group" in frame.f_locals:
+            return f"{frame.f_code.co_name} over {group_name(frame.f_locals['group'])}"
+        frame = frame.f_back
+    return None
 
 
 def is_communication(error: RuntimeError) -> bool:

@@ -7,12 +7,14 @@ Axes, fastest first: `tensor`, `context` (within it `ulysses`, then `ring`), `da
   and values on;
 - `tensor_group`: ranks that share each matrix product;
 - `gradient_group`: ranks that hold the same weights and sum gradients (`data x context`);
-- `sample_group`: ranks that read the same samples (`context x tensor`).
+- `sample_group`: ranks that read the same samples (`context x tensor`);
+- `checkpoint_group`: all ranks, over gloo, for what they tell each other about checkpoints while they train.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ import torch.distributed as dist
 
 from videofm.config.train import ParallelConfig
 from videofm.errors import ParallelError
-from videofm.parallel.collectives import naming
+from videofm.parallel.collectives import CollectiveError, is_communication, naming
+from videofm.parallel.interfaces import interface_to_peers
 from videofm.parallel.layout import MeshLayout, layout_of
+from videofm.parallel.rendezvous import Place, agreed_ranks_per_node, find_place, first_line, meet
 
 with warnings.catch_warnings():
     # megatron-core tells at import which optional CUDA packages it does without; `videofm doctor` is the place for that.
@@ -40,6 +44,8 @@ class Mesh:
     rank: int
     layout: MeshLayout
     device: torch.device
+    checkpoint_group: dist.ProcessGroup | None = None
+    """All ranks, over gloo, for the thread that writes checkpoints; None for one process, which has nobody to talk to."""
 
     @property
     def world_size(self) -> int:
@@ -126,6 +132,11 @@ class Mesh:
         """Number of ranks that sum gradients."""
         return self.layout.data_degree * self.layout.context_degree
 
+    def gradient_rank(self, rank: int) -> int:
+        """The number of `rank` in its gradient group."""
+        place = self.layout.place(rank)
+        return place["data"] * self.layout.context_degree + place["context"]
+
     @property
     def gradient_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same weights and sum gradients: `data x context`."""
@@ -208,38 +219,56 @@ class Mesh:
 
 
 def create_mesh(
-    config: ParallelConfig, device: torch.device, rendezvous: Path | None = None, num_heads: Sequence[int] = ()
+    config: ParallelConfig, device: torch.device, rendezvous: Path | Place | None = None, num_heads: Sequence[int] = ()
 ) -> Mesh:
     """Join the other processes and make the groups.
 
     Args:
         config: the degrees.
         device: where this rank computes; CUDA takes NCCL, anything else gloo.
-        rendezvous: a file that the ranks of one local launch share; without it the addresses of torchrun's environment
-            (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) are used, and with neither a mesh of one process is made.
-            `LOCAL_WORLD_SIZE`, where it is set, says how many ranks share a node.
+        rendezvous: the place of this process, as `rendezvous.find_place` gave it; or a file that the ranks of one local
+            launch share. Without it the place is looked for in the environment.
         num_heads: of the models whose attention is split, see `layout_of`.
 
     Raises:
         ParallelError: the degrees do not multiply to the number of processes, or do not fit each other or the nodes.
+        CollectiveError: a rank did not come.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    layout = _layout(config, world_size, num_heads)
-    timeout = timedelta(seconds=config.timeout)
-    with naming("first meeting"):
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=_store(rank, world_size, rendezvous, timeout),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-    return _split(layout, device, config.timeout)
+    place = rendezvous if isinstance(rendezvous, Place) else find_place(file=rendezvous)
+    _layout(config, place.world_size, place.ranks_per_node, num_heads)  # what cannot be fails before anybody is waited for
+    ranks_per_node = _join(place, "nccl" if device.type == "cuda" else "gloo", config.timeout)
+    return _split(_layout(config, place.world_size, ranks_per_node, num_heads), device, config.timeout)
+
+
+def _join(place: Place, backend: str, timeout: float) -> int | None:
+    """Meet the other ranks, and make the group of all. Returns `ranks_per_node` of the run."""
+    store = meet(place, timeout)
+    ranks_per_node = agreed_ranks_per_node(store, place)
+    interface = interface_to_peers(place)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    patience = timedelta(seconds=timeout)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=patience)
+    except RuntimeError as error:
+        if not is_communication(error):
+            raise
+        raise CollectiveError(
+            f"all {place.world_size} ranks came, but rank {place.rank} on {socket.gethostname()} cannot connect to them: "
+            f"{first_line(error)}. A rank died just now, or the nodes are joined by another network interface: name the one "
+            "that they share in GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME), such as eth0."
+        ) from error
+    return ranks_per_node
 
 
 def split_mesh(config: ParallelConfig, device: torch.device, num_heads: Sequence[int] = ()) -> Mesh:
-    """Make the groups among processes that have joined already (`torch.distributed` is initialized); see `create_mesh`."""
-    return _split(_layout(config, dist.get_world_size(), num_heads), device, config.timeout)
+    """Make the groups among processes that have joined already (`torch.distributed` is initialized); see `create_mesh`.
+
+    `LOCAL_WORLD_SIZE`, where it is set, has to be the same on all of them.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    layout = _layout(config, dist.get_world_size(), int(local) if local else None, num_heads)
+    return _split(layout, device, config.timeout)
 
 
 def destroy_mesh() -> None:
@@ -249,9 +278,8 @@ def destroy_mesh() -> None:
         dist.destroy_process_group()
 
 
-def _layout(config: ParallelConfig, world_size: int, num_heads: Sequence[int]) -> MeshLayout:
-    gpus_per_node = os.environ.get("LOCAL_WORLD_SIZE")
-    layout = layout_of(config, int(gpus_per_node) if gpus_per_node else None, num_heads)
+def _layout(config: ParallelConfig, world_size: int, ranks_per_node: int | None, num_heads: Sequence[int]) -> MeshLayout:
+    layout = layout_of(config, ranks_per_node, num_heads)
     if layout.world_size != world_size:
         raise ParallelError(
             f"parallel.data_degree {config.data_degree} x context_degree {config.context_degree} x tensor_degree "
@@ -270,18 +298,13 @@ def _split(layout: MeshLayout, device: torch.device, timeout: float) -> Mesh:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout / 60,
     )
-    return Mesh(dist.get_rank(), layout, device)
+    return Mesh(dist.get_rank(), layout, device, _checkpoint_group(layout.world_size, device, timeout))
 
 
-def _store(rank: int, world_size: int, rendezvous: Path | None, timeout: timedelta) -> dist.Store:
-    if rendezvous is not None:
-        return dist.FileStore(str(rendezvous), world_size)
+def _checkpoint_group(world_size: int, device: torch.device, timeout: float) -> dist.ProcessGroup | None:
+    """A group apart from the training's: collectives of two threads must not meet in one. On the CPU the backend is that of all
+    ranks (gloo, or none at all where a layout is only tried out)."""
     if world_size == 1:
-        return dist.HashStore()
-    # Under torchrun the agent hosts the store and outlives an attempt: without a prefix of its own a restarted worker
-    # reads the addresses of dead peers.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    hosted = "TORCHELASTIC_RUN_ID" in os.environ
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=not hosted and rank == 0, timeout=timeout)
-    return dist.PrefixStore(f"attempt{attempt}", store)
+        return None
+    backend = dist.get_backend() if device.type == "cpu" else "gloo"
+    return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout), group_desc="checkpoint")

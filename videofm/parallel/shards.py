@@ -82,12 +82,31 @@ def gather_tensor(parameter: nn.Parameter, share: Tensor) -> Tensor:
 
     All ranks of the group call it. A parameter that is not split gives `share` itself.
     """
+    whole = bring_tensor(parameter, share, None)
+    assert whole is not None
+    return whole
+
+
+def bring_tensor(parameter: nn.Parameter, share: Tensor, to: int | None) -> Tensor | None:
+    """As `gather_tensor`, for the rank that has the number `to` in the tensor group only; the others get None."""
     shard = tensor_shard(parameter)
     if shard is None:
         return share
-    shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(shard.degree)]
-    dist.all_gather(shares, share.contiguous(), group=parameter.tensor_group)  # type: ignore[attr-defined]
-    return shard.join(shares)
+    shares = collect(share, parameter.tensor_group, to)  # type: ignore[attr-defined]
+    return None if shares is None else shard.join(shares)
+
+
+def collect(share: Tensor, group: dist.ProcessGroup, to: int | None) -> list[Tensor] | None:
+    """`share` of each rank of `group`, in their order, at its rank number `to` (elsewhere None), or with None at all of them.
+    All ranks of the group call it, with tensors of one shape."""
+    share = share.contiguous()
+    there = to is None or dist.get_rank(group) == to
+    shares = [torch.empty_like(share) for _ in range(dist.get_world_size(group))] if there else None
+    if to is None:
+        dist.all_gather(shares, share, group=group)
+    else:
+        dist.gather(share, shares, group=group, group_dst=to)
+    return shares
 
 
 def take_tensor(parameter: nn.Parameter, whole: Tensor) -> Tensor:

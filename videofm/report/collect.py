@@ -50,6 +50,7 @@ class Stage:
     environment: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    goodput: dict[str, Any] = field(default_factory=dict)
     held_out: list[dict[str, Any]] = field(default_factory=list)
     funnel: list[dict[str, Any]] = field(default_factory=list)
     curation: dict[str, Any] = field(default_factory=dict)
@@ -109,6 +110,7 @@ def read_stage(name: str, path: Path, planned: dict[str, Any]) -> Stage:
     stage.num_attempts = len(list((path / "attempts").glob("[0-9]*")))
     _read_outcome(stage, _tolerant(stage, lambda: run.outcome, None))
     stage.metrics = _tolerant(stage, run.metrics, [])
+    stage.goodput = _tolerant(stage, lambda: _first_json(path, "goodput.json"), None) or {}
     stage.held_out = _tolerant(stage, lambda: list(read_jsonl(path / "held_out.jsonl")), [])
     funnel = _tolerant(stage, lambda: _first_json(path, "funnel.json"), None) or {}
     stage.funnel = [step for step in funnel.get("funnel", []) if step.keys() >= FUNNEL_COUNTS]

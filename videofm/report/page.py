@@ -18,6 +18,7 @@ from videofm.report.charts import Series, figure, number
 from videofm.report.collect import Run, Stage, collect
 from videofm.report.curation import Pictures
 from videofm.report.curation import section as curation_section
+from videofm.report.goodput import time_table
 from videofm.report.measured_rows import row_tables
 from videofm.report.pieces import table
 from videofm.report.reconstruction import COLUMNS, FIELDS, NUMERIC, table_cells
@@ -65,7 +66,10 @@ SPEED = {
 }
 """Columns of the throughput table besides the first, medians: metric -> what it is."""
 NOT_NUMBERS = ("kind", "of", "sheet", "alarms")
-NOT_CURVES = ("step", "attempt", "time", "seconds", "data_wait", "data_wait_share", "tflops", "skipped", "sigma", "epoch")
+NOT_CURVES = (
+    "step", "attempt", "time", "seconds", "data_wait", "data_wait_share", "tflops", "skipped", "sigma", "epoch",
+    "slowest_rank_id",
+)  # fmt: skip
 
 
 OpenPictures = Callable[[str], AbstractContextManager[Pictures]]
@@ -115,7 +119,7 @@ def _cards(run: Run) -> str:
             if metric.get("kind") == "reconstruction" and _is_number(metric.get("psnr")):
                 cards.append((f"{metric['psnr']:.1f} dB", f"reconstruction PSNR, {Path(metric.get('of', '')).name}"))
             elif metric.get("kind") == "held_out_loss" and _is_number(metric.get("loss")):
-                cards.append((number(metric["loss"]), "held-out loss"))
+                cards.append((number(metric["loss"]), f"held-out loss ({Path(str(metric.get('of', ''))).name})"))
             elif metric.get("kind") == "caption_following" and _is_number(metric.get("both")):
                 cards.append((f"{100 * metric['both']:.0f} %", f"captions followed ({Path(str(metric.get('of', ''))).name})"))
     content = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in cards)
@@ -154,7 +158,7 @@ def _results(stage: Stage) -> str:
 
 
 def _has_section(stage: Stage) -> bool:
-    content = (stage.metrics, stage.funnel, stage.evaluation, stage.images, stage.videos, stage.problems)
+    content = (stage.metrics, stage.funnel, stage.evaluation, stage.images, stage.videos, stage.problems, stage.goodput)
     return any(content) or stage.state == "failed"
 
 
@@ -167,6 +171,7 @@ def _stage(stage: Stage, open_pictures: OpenPictures | None) -> str:
         parts.append(f'<p class="note">{escape(stage.message)}</p>')
     parts += [f'<p class="note">could not be read: {escape(problem)}</p>' for problem in stage.problems]
     parts += [_curation(stage, open_pictures), _curves(stage.metrics), _throughput(stage.metrics)]
+    parts.append(time_table(stage.goodput))
     parts += [_held_out(stage.held_out), _evaluation(stage.evaluation)]
     parts += [_image(image, stage.path) for image in stage.images]
     if stage.videos:

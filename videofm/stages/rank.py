@@ -33,6 +33,8 @@ from videofm.run_dir import RunDirectory, read_jsonl, write_atomic, write_json
 
 SHEET = "winners_vs_losers.png"
 _PAIRS_ON_SHEET = 12
+_MOST_TOLD = 20
+"""Bad candidates that the log names one by one."""
 _PARTIAL = "scores.partial.jsonl"
 
 
@@ -128,6 +130,7 @@ class _Scorer:
         self.config, self.run, self.manifest = config, run, manifest
         self._partial = run.path / _PARTIAL
         self._decoder = _decoder(manifest)
+        self._num_bad = 0
 
     def rows(self, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
         """Key -> a row with `scores`, or with the `problem` of a candidate, in the order of `candidates`.
@@ -207,7 +210,10 @@ class _Scorer:
                 f"candidate {candidate.key} of {self.config.manifest} ({candidate.prompt!r}): {problem}. Make it again, or "
                 "leave such candidates out with on_bad: skip."
             )
-        LOG.warning("candidate %s is left out: %s", candidate.key, problem)
+        self._num_bad += 1
+        if self._num_bad <= _MOST_TOLD:
+            more = ", and so on: scores.jsonl has all" if self._num_bad == _MOST_TOLD else ""
+            LOG.warning("candidate %s is left out: %s%s", candidate.key, problem, more)
         return {"key": candidate.key, "prompt": candidate.prompt, "sha256": candidate.record.sha256, "problem": problem}
 
 

@@ -1,25 +1,32 @@
-"""The stage `train`: launch the ranks on this machine and wait for them."""
+"""The stage `train`: start the ranks, here or where the environment says, and see them through to the end."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from launch import local
+from launch.supervise import supervise
 from videofm.config.train import TrainConfig
-from videofm.parallel.layout import layout_of
+from videofm.registry import LAUNCHERS, lookup
 from videofm.run_dir import RunDirectory
 
 
 def run(config: TrainConfig, run: RunDirectory) -> dict[str, Any]:
     """Train to the end, going on from the newest checkpoint of `run` where there is one.
 
+    `VIDEOFM_RANKS` names who starts the ranks, one of `registry.LAUNCHERS`; without it they are processes of this machine. A
+    launch into a cluster sets it where the stage runs.
+
     Returns:
-        The last row of the metrics.
+        The last row of the metrics, and where the time went (see `train.goodput`).
 
     Raises:
         Interrupted: a stop was asked for, and everything is saved.
-        VideofmError: a rank failed.
+        ConfigError: there is no such launcher.
+        VideofmError: a rank failed, and `faults.max_restarts` allows no other attempt or it would not help.
     """
-    local.submit(run, layout_of(config.parallel).world_size).wait()
+    start = lookup(LAUNCHERS, os.environ.get("VIDEOFM_RANKS", "local"), "launcher (VIDEOFM_RANKS)")
+    goodput = supervise(run, config, start)
     rows = run.metrics()
-    return {"last": rows[-1]} if rows else {}
+    found = {"last": rows[-1]} if rows else {}
+    return found | ({"goodput": goodput.as_json()} if goodput is not None else {})

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from videofm import models, registry
-from videofm.config.train import ModelConfig, TrainConfig
+from videofm.config.model import ModelConfig
+from videofm.config.train import TrainConfig
 from videofm.data.buckets import describe_steps
 from videofm.data.loader import StepLoader
 from videofm.errors import ConfigError, ParallelError
@@ -23,15 +24,18 @@ from videofm.parallel.rng import derive_seed
 from videofm.parallel.tensor import check_heads
 from videofm.progress import LOG
 from videofm.run_dir import RunDirectory
+from videofm.train.divergence import Divergence
 from videofm.train.engine import PhaseEngine
 from videofm.train.optim import MovingAverage, num_elements
+from videofm.train.watchdog import Heartbeat
 from videofm.train.zero import check_offload, check_scaling, shard_frozen
 from videofm.types import Objective
 
 
 @dataclass
 class Job:
-    """A training run, built. `position` moves as steps are consumed; everything else is fixed."""
+    """A training run, built, with the heartbeat that its loop moves on and the count of steps that were skipped lately.
+    `num_samples` counts the samples that training has seen; None if a run that an earlier version began does not say."""
 
     config: TrainConfig
     run: RunDirectory
@@ -42,6 +46,12 @@ class Job:
     averages: Mapping[str, MovingAverage]
     loader: StepLoader
     trained_roles: tuple[str, ...] = field(default=())
+    num_samples: int | None = 0
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    divergence: Divergence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.divergence = Divergence(self.config.faults.divergence)
 
 
 def build_job(config: TrainConfig, run: RunDirectory, mesh: Mesh, loader: StepLoader, models_: Mapping[str, nn.Module]) -> Job:
@@ -238,13 +248,21 @@ def pick_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` as a device of this rank.
 
     Raises:
-        ConfigError: CUDA is asked for and is not there.
+        ConfigError: CUDA is asked for and is not there, or there are fewer devices than ranks of this node.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device is cuda, but torch sees no CUDA device; set trainer.device=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if num_devices == 1:
+        local_rank = 0  # Slurm may show each task its own device only; preflight sees to it that no two ranks share one
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"rank {local_rank} of this node sees {num_devices} CUDA devices; start at most {num_devices} ranks a node, or set "
+            "trainer.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from videofm.checkpoint.content import StoredTensor, replicated
 from videofm.config.train import TrainConfig
-from videofm.errors import VideofmError
 from videofm.parallel.collectives import naming
 from videofm.parallel.mesh import Mesh
 from videofm.parallel.replicated import Replicated
@@ -23,13 +24,20 @@ from videofm.parallel.rng import KeyedRng
 from videofm.parallel.shards import gather_tensor
 from videofm.progress import LOG
 from videofm.train.busy import BusyTime
-from videofm.train.optim import GradientClip, parameter_groups, take_shard
+from videofm.train.optim import (
+    GradientClip,
+    bring_shard,
+    bring_to_tensor_rank,
+    parameter_groups,
+    take_shard,
+    whole_shape,
+)
 from videofm.train.zero import (
     combine_grad_norm_groups,
     engine_config,
     initialize,
     is_model_parallel_parameter,
-    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
     summed,
@@ -126,7 +134,7 @@ class PhaseEngine:
         settings = engine_config(config.parallel, mesh.device, data.micro_batch_size, num_micro_batches, grad_clip)
         self.engine = initialize(self.module, optimizer, settings, mesh.device)
         self._shares_models = len(objective.phases) > 1 or bool(self.optimizer_config.groups)
-        self._grad_norm = 0.0
+        self._grad_norm, self._loss_is_lost = 0.0, False
         self._guard_steps()
 
     def step(self, batches: Sequence[Batch], lr: float) -> dict[str, float]:
@@ -134,11 +142,8 @@ class PhaseEngine:
 
         Returns:
             The mean of the loss and of each metric over all samples of the step, the gradient's norm before clipping (inf where
-            it is not finite), `skipped` (1 if the step moved nothing) and `num_skipped`, the count of such steps; besides what
-            the objective measures after the step.
-
-        Raises:
-            VideofmError: the loss is not finite, or too many steps in a row were skipped; no weight was changed by this step.
+            it or the loss is not finite), `skipped` (1 if the step moved nothing) and `num_skipped`, the count of such steps;
+            besides what the objective measures after the step. `divergence` says how many of them are too many.
         """
         self._set_rates(lr, batches[0].step)
         self._set_clip(self.clip.limit)
@@ -155,7 +160,8 @@ class PhaseEngine:
                 sums[name] = sums[name] + share if name in sums else share
             if index + 1 == len(batches):
                 means = self._all_means(sums)
-                self._refuse_non_finite(means, batch.step)
+                # Ranks that share samples see the loss of their own tokens, and must decide alike.
+                self._loss_is_lost = self.mesh.any_rank(not math.isfinite(means["loss"]))
             with naming("optimizer step", self.mesh.gradient_group):
                 self._before_step()
                 self.engine.step()
@@ -165,33 +171,35 @@ class PhaseEngine:
         return {**means, "grad_norm": self._grad_norm, "skipped": float(skipped), "num_skipped": self.clip.num_skipped}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's two moments as whole fp32 tensors, `exp_avg.ROLE.NAME`; the same for every ZeRO stage. Beside them
-        what `GradientClip` keeps; `num_steps` is the number of steps taken. All ranks call it."""
+        """What `stored_state` lists, whole on every rank, as copies on the CPU. All ranks call it."""
+        whole = {tensor.name: tensor.bring(None) for tensor in self.stored_state("")}
+        return {name: value.cpu().clone() for name, value in whole.items() if value is not None}
+
+    def stored_state(self, file: str) -> list[StoredTensor]:
+        """Adam's two moments as whole fp32 tensors of `file` in a checkpoint, `exp_avg.ROLE.NAME`; the same for every ZeRO
+        stage. Beside them what `GradientClip` keeps; `num_steps` is the number of steps taken."""
         clip = self.clip
         if clip.num_taken == 0:
             self._make_state()
-        state = {
+        counts = {
             "num_steps": torch.tensor(clip.num_taken),
             "num_skipped": torch.tensor(clip.num_skipped),
-            "num_skipped_in_a_row": torch.tensor(clip.num_skipped_in_a_row),
             "clip_average": torch.tensor(clip.average, dtype=torch.float64),
         }
         self._link_optimizer_state()
-        for name, parameter in self.named_parameters.items():
-            for moment in MOMENTS:
-                value = (
-                    self._base.state[parameter][moment]
-                    if self._stage == 0
-                    else safe_get_full_optimizer_state(parameter, moment)
-                )
-                state[f"{moment}.{name}"] = gather_tensor(parameter, value.detach()).cpu().clone()
-        return state
+        moments = [
+            StoredTensor(
+                file, f"{moment}.{name}", whole_shape(parameter), torch.float32, partial(self._bring_moment, parameter, moment)
+            )
+            for name, parameter in self.named_parameters.items()
+            for moment in MOMENTS
+        ]
+        return [*(replicated(file, name, value) for name, value in counts.items()), *moments]
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what `optimizer_state` gave, before the first step of this process."""
         self.clip.num_taken, self.clip.average = int(state["num_steps"]), float(state["clip_average"])
         self.clip.num_skipped = int(state.get("num_skipped", 0))
-        self.clip.num_skipped_in_a_row = int(state.get("num_skipped_in_a_row", 0))
         self._make_state()
         self._link_optimizer_state()
         for name, parameter in self.named_parameters.items():
@@ -250,6 +258,34 @@ class PhaseEngine:
         zero = self.engine.optimizer
         return list(zero.single_partition_of_fp32_groups if self._stage in (1, 2) else zero.fp32_partitioned_groups_flat)
 
+    def _bring_moment(self, parameter: nn.Parameter, moment: str, to: int | None) -> Tensor | None:
+        """A whole moment at rank `to`, as `bring_shard` brings it."""
+        if self._stage == 0:
+            return bring_shard(parameter, self._base.state[parameter][moment], self.mesh, to)
+        if self._stage == 3:
+            return bring_shard(parameter, safe_get_local_optimizer_state(parameter, moment), self.mesh, to)
+        share = self._join_fragments(parameter, moment, to)
+        return gather_tensor(parameter, share) if to is None else bring_to_tensor_rank(parameter, share, self.mesh, to)
+
+    def _join_fragments(self, parameter: nn.Parameter, moment: str, to: int | None) -> Tensor:
+        """A moment of which, in ZeRO 1 and 2, each rank of the gradient group has a fragment or none; right on the rank that
+        stands there as `to` does, on others of no use."""
+        mapping, group = parameter._hp_mapping, self.mesh.gradient_group  # type: ignore[attr-defined]
+        if self.mesh.gradient_degree == 1:
+            whole: Tensor = mapping.get_hp_fragment(moment).view(parameter.shape)
+            return whole.to(self.mesh.device)  # an optimizer that is offloaded has it in host memory
+        flat = torch.zeros(parameter.numel(), device=self.mesh.device)
+        if mapping is not None:
+            start, fragment = mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)
+            flat[start : start + fragment.numel()] = fragment
+        # One rank has each element, the others zero: a sum of the bits is that element, also where it is minus zero.
+        bits = flat.view(torch.int32)
+        if to is None:
+            dist.all_reduce(bits, group=group)
+        else:
+            dist.reduce(bits, group=group, group_dst=self.mesh.gradient_rank(to))
+        return flat.view(parameter.shape)
+
     def _link_optimizer_state(self) -> None:
         """Connect parameters to their moments in ZeRO 1 and 2. DeepSpeed does so after the first step of the first group
         of parameters, and leaves the other groups without."""
@@ -274,7 +310,7 @@ class PhaseEngine:
         def guarded() -> Any:
             found = measure()  # at stage 3 the norm of each group, below that of all
             norm = combine_grad_norm_groups(found) if self._stage == 3 else found
-            self._grad_norm = float(norm)
+            self._grad_norm = math.inf if self._loss_is_lost else float(norm)
             if self.clip.admits(self._grad_norm):
                 return found
             refused = torch.full_like(norm, math.inf)
@@ -295,8 +331,8 @@ class PhaseEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = self._total_norm()
-        self._grad_norm = norm if math.isfinite(norm) else math.inf
-        if not self.clip.admits(norm):
+        self._grad_norm = norm if math.isfinite(norm) and not self._loss_is_lost else math.inf
+        if not self.clip.admits(self._grad_norm):
             self._set_clip(0.0)  # there is nothing to clip, which DeepSpeed cannot
             for parameter in parameters:
                 parameter.grad = None
@@ -322,18 +358,13 @@ class PhaseEngine:
         clip.update(norm)
         if not skipped:
             return False
-        config = self.optimizer_config
         why = "is not finite"
         if math.isfinite(norm):
-            why = f"{norm:.4g} is beyond {limit:.4g}, spike_factor {config.spike_factor:g} times its average"
-        told = f"the gradient norm of step {step} in phase {self.phase} {why}"
-        if clip.num_skipped_in_a_row >= config.max_skipped:
-            raise VideofmError(
-                f"{told}; {clip.num_skipped_in_a_row} steps in a row were skipped, as many as optimizer.max_skipped allows. "
-                "The run has left its course: resume from the last checkpoint with a smaller optimizer.lr, look at the data, "
-                "or raise optimizer.spike_factor if norms of this size are right."
-            )
+            factor = self.optimizer_config.spike_factor
+            why = f"{norm:.4g} is beyond {limit:.4g}, spike_factor {factor:g} times its average"
+        what = "loss" if self._loss_is_lost else "gradient norm"
         if self.mesh.is_main:
+            told = f"the {what} of step {step} in phase {self.phase} {why}"
             LOG.warning("%s; step skipped, nothing moved (%d skipped so far)", told, clip.num_skipped)
         return True
 
@@ -341,10 +372,3 @@ class PhaseEngine:
         names = sorted(sums)
         values = self.mesh.sum(torch.stack([sums[name] for name in names]))
         return dict(zip(names, values.tolist(), strict=True))
-
-    def _refuse_non_finite(self, means: dict[str, float], step: int) -> None:
-        if not all(map(torch.isfinite, torch.tensor(list(means.values())))):
-            raise VideofmError(
-                f"the loss of step {step} is not finite ({', '.join(f'{name} {value:g}' for name, value in means.items())}); "
-                "no weight was changed by it. Resume from the last checkpoint with a smaller optimizer.lr, or look at the data."
-            )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from videofm.config.train import OptimizerConfig, ParameterGroupConfig
 from videofm.errors import ConfigError
-from videofm.parallel.shards import gather_tensor, take_tensor, tensor_shard
+from videofm.parallel.mesh import Mesh
+from videofm.parallel.shards import bring_tensor, collect, gather_tensor, take_tensor, tensor_shard
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -94,7 +95,6 @@ class GradientClip:
         self.average = 0.0
         self.num_taken = 0
         self.num_skipped = 0
-        self.num_skipped_in_a_row = 0
 
     @property
     def limit(self) -> float:
@@ -120,18 +120,25 @@ class GradientClip:
         """
         if not self.admits(norm):
             self.num_skipped += 1
-            self.num_skipped_in_a_row += 1
             return
         most, decay = self.config.grad_clip_ema * self.average, self.config.grad_clip_ema_decay
         counted = min(norm, most) if most else norm
         self.average = decay * self.average + (1 - decay) * counted if self.average else counted
         self.num_taken += 1
-        self.num_skipped_in_a_row = 0
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of `parameter`: its ZeRO-3 partition (flat), or its share of a tensor group, or the whole."""
     return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data  # type: ignore[union-attr]
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole of `parameter`, of which this rank may hold a share."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    shard = tensor_shard(parameter)
+    if shard is not None:
+        shape[shard.dim] *= shard.degree
+    return tuple(shape)
 
 
 def num_elements(parameter: nn.Parameter) -> int:
@@ -150,6 +157,29 @@ def gather_shard(parameter: nn.Parameter, shard: Tensor, group: dist.ProcessGrou
     return gather_tensor(parameter, _gather_partition(parameter, shard, group))
 
 
+def bring_shard(parameter: nn.Parameter, shard: Tensor, mesh: Mesh, to: int | None) -> Tensor | None:
+    """As `gather_shard`, for rank `to` only (None: for all); the others get None, and never hold the whole.
+
+    Of each tensor rank's partitions the whole share meets at the rank that stands in its gradient group as `to` does in its
+    own; these are the tensor group of `to`.
+    """
+    if to is None:
+        return gather_shard(parameter, shard, mesh.gradient_group)
+    if hasattr(parameter, "ds_tensor"):
+        parts = collect(shard, mesh.gradient_group, mesh.gradient_rank(to))
+        return None if parts is None else bring_to_tensor_rank(parameter, _joined(parameter, parts), mesh, to)
+    return bring_to_tensor_rank(parameter, shard, mesh, to)
+
+
+def bring_to_tensor_rank(parameter: nn.Parameter, share: Tensor, mesh: Mesh, to: int) -> Tensor | None:
+    """The whole tensor at rank `to`, of which this rank holds the whole share of its tensor rank; None elsewhere. The ranks
+    that stand in their gradient groups as `to` does call it, others may."""
+    if mesh.gradient_rank(mesh.rank) != mesh.gradient_rank(to):
+        return None
+    whole = bring_tensor(parameter, share, mesh.layout.place(to)["tensor"])
+    return whole if mesh.rank == to else None
+
+
 def take_shard(parameter: nn.Parameter, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's share of a whole tensor, shaped as `local_shard`; padded with zeros as ZeRO-3 pads its last partition."""
     own = take_tensor(parameter, whole)
@@ -165,8 +195,13 @@ def _gather_partition(parameter: nn.Parameter, shard: Tensor, group: dist.Proces
     """What ZeRO-3 has cut into the flat `shard` of each rank of `group`; any other tensor as it is."""
     if not hasattr(parameter, "ds_tensor"):
         return shard
-    parts = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, shard.contiguous(), group=group)
+    parts = collect(shard, group, None)
+    assert parts is not None
+    return _joined(parameter, parts)
+
+
+def _joined(parameter: nn.Parameter, parts: list[Tensor]) -> Tensor:
+    """The tensor of which ZeRO-3 has given each rank one of `parts`; the last is padded."""
     return torch.cat(parts)[: parameter.ds_numel].reshape(parameter.ds_shape)  # type: ignore[attr-defined]
 
 
@@ -199,7 +234,11 @@ class MovingAverage:
         """The average as whole tensors by name. All ranks of `group` call it."""
         return {name: gather_shard(self.parameters[name], shard, group) for name, shard in self.shards.items()}
 
-    def load(self, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
+    def bring(self, name: str, mesh: Mesh, to: int | None) -> Tensor | None:
+        """The average of one parameter as `bring_shard` brings it."""
+        return bring_shard(self.parameters[name], self.shards[name], mesh, to)
+
+    def load(self, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
         """Take whole tensors, by name, as the average."""
         for name, shard in self.shards.items():
             shard.copy_(take_shard(self.parameters[name], tensors[name], group))

@@ -100,7 +100,7 @@ def _measure(job: Job, wanted: Precomputed, start: Mapping[str, Any]) -> None:
     mine: dict[str, Tensor] = {}
     steps: Any = shared_steps(job.loader, PlanState(), job.mesh)
     with closing(steps):
-        for step in steps:
+        for step in job.heartbeat.over(steps, f"measuring of {wanted.name}"):
             for batch in step.batches:
                 found: Tensor = engine.module.measure(wanted, batch.to(job.mesh.device)).float()
                 mine |= dict(zip(map(lasting_id, batch.sample_ids[: len(found)]), found, strict=True))

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from videofm.config.encode import EncoderConfig
-from videofm.config.train import ModelConfig, TrainConfig
+from videofm.config.model import ModelConfig
+from videofm.config.train import TrainConfig
 from videofm.data.encoded import ClipCache
 from videofm.data.loader import StepLoader
 from videofm.run_dir import read_json

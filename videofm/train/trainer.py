@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from videofm.data.loader import Step
 from videofm.data.plan import PlanState
 from videofm.errors import Interrupted
+from videofm.train import state
 from videofm.train.build import Job
-from videofm.train.busy import slowest_rank
+from videofm.train.busy import Stragglers, slowest_rank
+from videofm.train.divergence import roll_back
 from videofm.train.optim import learning_rate
 from videofm.train.share import compare_holdings, held_tensors, shared_steps
 from videofm.train.speed import with_speed
@@ -28,36 +30,59 @@ class Callback(Protocol):
         ...
 
 
+def name_of(callback: Callback) -> str:
+    """What a callback is called in messages: its class, or the `name` of one that stands for another."""
+    return getattr(callback, "name", type(callback).__name__)
+
+
 def fit(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> PlanState:
     """Train from `position` to `trainer.max_steps`.
 
     Metrics of a step's speed are those of `speed.with_speed`, and `slowest_rank`: over ranks the largest time over the mean
-    time of waiting for data and of the forward passes. A step ends for all ranks at once, when their gradients have met: what
-    one rank waits for another shows there alone. (ZeRO 3 meets in the forward passes too, and hides part of it.)
-    `data/pack_fill`, where clips are packed, is the share of the packs' tokens that the step uses. `data/replaced`, where there
-    are some, counts the samples of the step that took the place of clips that cannot be read.
+    time of waiting for data and of the forward passes; `slowest_rank_id` is the rank that took it. A step ends for all ranks at
+    once, when their gradients have met: what one rank waits for another shows there alone. (ZeRO 3 meets in the forward passes
+    too, and hides part of it.) `data/pack_fill`, where clips are packed, is the share of the packs' tokens that the step uses.
+    `data/replaced`, where there are some, counts the samples of the step that took the place of clips that cannot be read, and
+    `data/passed_over` the steps of the order that were left out so far (see `divergence`).
 
     Raises:
         Interrupted: a stop was asked for; the callbacks have saved.
+        Diverged: too many steps were skipped, and another attempt may go on with other data.
+        VideofmError: the run has gone back as often as it may.
     """
+    heartbeat, faults = job.heartbeat, job.config.faults
+    stragglers = Stragglers(faults.straggler_share, faults.straggler_steps)
     steps, peak = shared_steps(job.loader, position, job.mesh), job.config.trainer.peak_tflops
     while position.step < job.config.trainer.max_steps:
         started = time.perf_counter()
+        heartbeat.beat("reading of the data")
         step = next(steps)
         data_wait = time.perf_counter() - started
+        heartbeat.sample_ids = [batch.sample_ids for batch in step.batches]
+        heartbeat.beat(f"step {step.after.step}")
         metrics = train_step(job, step)
         position = step.after
+        if job.num_samples is not None:
+            job.num_samples += step.num_samples
+        job.divergence.count(position, _was_skipped(job, metrics))
         _compare(job, step)
         busy = data_wait + sum(engine.busy.take() for engine in job.engines.values())
-        slowest, num_replaced = slowest_rank(job.mesh, busy, step.num_replaced)
+        slowest = slowest_rank(job.mesh, busy, step.num_replaced)
+        stragglers.see(slowest, job.mesh)
         metrics = with_speed(metrics, step.num_samples, time.perf_counter() - started, data_wait, job.mesh, peak)
-        metrics["slowest_rank"] = slowest
+        metrics |= {"slowest_rank": slowest.share, "slowest_rank_id": float(slowest.rank)}
         if step.fill is not None:
             metrics["data/pack_fill"] = step.fill
-        if num_replaced:
-            metrics["data/replaced"] = float(num_replaced)
+        if slowest.num_replaced:
+            metrics["data/replaced"] = float(slowest.num_replaced)
+        if position.passed_over:
+            metrics["data/passed_over"] = float(position.passed_over)
         for callback in callbacks:
+            heartbeat.beat(f"callback {name_of(callback)} after step {position.step}")
             callback.after_step(job, position, metrics)
+        heartbeat.step = position.step
+        if job.divergence.spent:
+            roll_back(job.run, job.divergence, position, state.peers_of(job.mesh), state.places(job.run, job.config.trainer))
         if job.mesh.any_rank(job.run.stop_requested) and position.step < job.config.trainer.max_steps:
             _finish(job, position, callbacks)
             done = f"step {position.step} of {job.config.trainer.max_steps}"
@@ -86,6 +111,11 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
     return metrics
 
 
+def _was_skipped(job: Job, metrics: Mapping[str, float]) -> bool:
+    """Whether a phase skipped the step; `metrics` are those of `train_step`."""
+    return any(metrics.get(name) for name in ("skipped", *(f"{phase}_skipped" for phase in job.engines)))
+
+
 def _compare(job: Job, step: Step) -> None:
     """Each `parallel.digest_every` steps: see that ranks which share samples hold the same."""
     every = job.config.parallel.digest_every
@@ -96,4 +126,5 @@ def _compare(job: Job, step: Step) -> None:
 
 def _finish(job: Job, position: PlanState, callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
+        job.heartbeat.beat(f"callback {name_of(callback)} after training")
         callback.after_training(job, position)

@@ -61,7 +61,7 @@ class Samples:
         settings = config.model_dump(exclude={"every", "prompts"}) | {"causal_fix": _flow_matching(job).causal_fix}
         pipeline = Pipeline(*(job.models[role] for role in FlowMatchingObjective.roles))
         with _as_shipped(job):
-            videos = pipeline.generate(config.prompts, seed=seed, **settings)
+            videos = pipeline.generate(config.prompts, seed=seed, on_step=job.heartbeat.beat, **settings)
         if not job.mesh.is_main:
             return
         folder = job.run.path / "samples" / f"step_{step:08d}"
@@ -100,7 +100,8 @@ class HeldOut:
         if not _is_due(job, position, self.config.every):
             return
         num_clips = self._loader.plan.num_usable(self.config.num_clips)
-        batches = (batch.to(job.mesh.device) for batch in first_clips(self._loader.first_clips(), num_clips))
+        clips = job.heartbeat.over(first_clips(self._loader.first_clips(), num_clips), "held-out loss")
+        batches = (batch.to(job.mesh.device) for batch in clips)
         objective = FlowMatchingObjective(_flow_matching(job))
         with _as_shipped(job):
             found = held_out_losses(objective, job.models, batches, self.config.sigmas, job.config.seed)

@@ -28,7 +28,8 @@ with warnings.catch_warnings():
     import deepspeed.ops
     from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
     from deepspeed.utils import logger as deepspeed_logger
-    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed.utils.tensor_fragment import safe_get_local_optimizer_state
 
 __all__ = [
     "check_offload",
@@ -37,7 +38,7 @@ __all__ = [
     "engine_config",
     "initialize",
     "is_model_parallel_parameter",
-    "safe_get_full_optimizer_state",
+    "safe_get_local_optimizer_state",
     "safe_set_full_optimizer_state",
     "safe_set_local_optimizer_state",
     "shard_frozen",

@@ -247,6 +247,35 @@ def test_every_field_is_described_and_has_a_json_schema(name: str) -> None:
     assert "extends" in json_schema(name)["properties"]
 
 
+def test_a_kind_that_chooses_no_section_is_a_field_like_others() -> None:
+    lines = describe(TrainConfig).splitlines()
+    assert "    kind: text = adaptive_norm" in lines
+    assert not any(line.strip().startswith("kind: train") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "l1: section = {weight: 1.0}",  # where `l1` is not given; where it is, its weight must be
+        "kl: section = {weight: 1e-06}",
+        "decoder: section = {weight: 1.0}",
+        "weight: number  (required)",
+        "base: uniform | logit_normal | shifted_logit_normal | mode | u_shaped = uniform",
+        "reading: section",  # every field of it has this default already
+        "targets: list of text = ['*attention.*']",
+        "rollouts: number = 0.0",
+        "enabled: true|false = true",
+    ],
+)
+def test_a_section_is_described_with_what_stands_where_it_is_not_given(line: str) -> None:
+    assert line in [shown.strip() for shown in describe(TrainConfig).splitlines()]
+
+
+def test_a_kind_is_described_by_the_whole_first_paragraph() -> None:
+    text = " ".join(describe(schema_of("dpo_import")).split())
+    assert "the prompt of all in `NAME.txt` or `NAME/prompt.txt`, or of each in `NAME/w/STEM.txt`)" in text
+
+
 def test_unknown_schema() -> None:
     with pytest.raises(ConfigError, match="did you mean 'train'"):
         schema_of("trian")

@@ -254,7 +254,7 @@ def test_a_hanging_and_a_crashing_decoder_cost_one_sample(tmp_path, clips):
         "foreign_child.main()\n"
     )
     pack(tmp_path / "d" / "0.tar", [(f"{name}.mp4", clips[0]) for name in ("hang", "crash", "sound")])
-    execution = Execution(timeout=2.0, max_attempts=1, command=(sys.executable, str(stub)))
+    execution = Execution(timeout=6.0, max_attempts=1, command=(sys.executable, str(stub)))
     found = index_folder(tmp_path / "d", execution=execution)
     assert found.num_indexed == 1 and losses(tmp_path / "d", "0") == {
         "hang.mp4": "quarantined timeout", "crash.mp4": "quarantined crash",

@@ -91,6 +91,21 @@ def test_runs_of_a_recipe_can_be_moved_together(tmp_path: Path) -> None:
     assert read_preferences(moved / "remote" / "preferences").clips == "s3://bucket/clips"
 
 
+def test_clips_elsewhere_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset that is named relative to the writer's working directory is the same one for a reader who stands elsewhere."""
+    home, clips = tmp_path / "home", tmp_path / "data" / "clips"
+    for folder in (home, clips):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(home)
+    folder = tmp_path / "runs" / "rank" / "preferences"
+    write_preferences(folder, [PLAIN], "../data/clips")
+    write_preferences(tmp_path / "runs" / "remote" / "preferences", [PLAIN], "s3://bucket/clips")
+    monkeypatch.chdir(tmp_path / "runs")
+    found = Path(read_preferences(folder).clips)
+    assert found.is_absolute() and found.samefile(clips)
+    assert read_preferences(tmp_path / "runs" / "remote" / "preferences").clips == "s3://bucket/clips"
+
+
 def test_a_writing_that_was_cut_short_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where older preferences stood in the folder: their header goes first."""
     write_preferences(tmp_path, neighbours(RECORDS), "clips")

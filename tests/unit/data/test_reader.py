@@ -124,7 +124,7 @@ def test_a_decoder_that_hangs_or_crashes_costs_one_clip(whole, faults, fault):
     victim = records(whole)[4]
     plain = take(StepLoader(config(whole), 0), 7)
     faults({victim.sha256: fault})
-    loader = StepLoader(config(whole, num_workers=2, reading={"decode_timeout": 1.0 if fault == "hang" else 60.0}), 0)
+    loader = StepLoader(config(whole, num_workers=2, reading={"decode_timeout": 3.0 if fault == "hang" else 60.0}), 0)
     steps = take(loader, 7)
     check_replaced(steps, plain, victim.key)
     # Tried twice, once for all draws of it, also of those that another process held meanwhile.
@@ -135,7 +135,7 @@ def test_clips_that_crash_and_hang_leave_nothing_in_the_trainer(whole, faults):
     """Invariant 12: open files, threads and memory are after eighteen lost processes what they were after the first ones."""
     *crashing, hanging = records(whole)[:9]
     faults({record.sha256: "crash" for record in crashing} | {hanging.sha256: "hang"})
-    reading = {"decode_timeout": 1.0, "max_replaced_share": 1.0, "clips_per_worker": 3}
+    reading = {"decode_timeout": 3.0, "max_replaced_share": 1.0, "clips_per_worker": 3}
     loader = StepLoader(config(whole, num_workers=2, reading=reading), 0)
     before, steps, held = len(os.listdir("/proc/self/fd")), loader.steps(), []
     for _ in range(12):
@@ -361,6 +361,10 @@ def test_frames_come_through_slots_that_grow(whole, real_start):
         for job in jobs:
             pool.wait(job)
             assert np.array_equal(job.out, reader.ClipReader(settings).read(job.request))
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler signals every process of a job, and ends none of these
+            os.kill(pool._nursery._process.pid, number), os.kill(pool._workers[0].pid, number)
+        pool.wait(job := pool.ask(jobs[0].request, np.empty_like(jobs[0].out)))
+        assert np.array_equal(job.out, jobs[0].out) and not pool.counts
         os.kill(pool._workers[0].pid, signal.SIGKILL)  # idle: nothing to blame
         pool.wait(job := pool.ask(jobs[0].request, np.empty_like(jobs[0].out)))
         assert np.array_equal(job.out, jobs[0].out)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from videofm import models
-from videofm.config.train import ModelConfig
+from videofm.config.model import ModelConfig
 from videofm.errors import CheckpointError, ConfigError
 from videofm.models.spec import list_all_keys
 

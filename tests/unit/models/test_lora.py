@@ -145,7 +145,9 @@ def test_diffusers_loads_the_adapter(tmp_path):
 
 def test_without_peft_the_message_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"LoRA needs peft, which is not installed: pip install 'videofm\[lora\]'"):
+    with pytest.raises(
+        ConfigError, match=r"LoRA needs peft, which is not installed: pip install -c constraints\.txt -e '\.\[lora\]'"
+    ):
         models.inject_lora(base(), RANK)
 
 

@@ -199,7 +199,9 @@ def test_without_its_tokenizer_or_sentencepiece(folder, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"step1_chat_tokenizer\.model does not exist: it is the tokenizer of Step-LLM"):
         built.num_tokens([""])
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ConfigError, match=r"needs sentencepiece, which is not installed: pip install 'videofm\[text\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs sentencepiece, which is not installed: pip install -c constraints\.txt -e '\.\[text\]'"
+    ):
         built.num_tokens([""])
 
 

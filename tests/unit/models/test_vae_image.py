@@ -143,7 +143,9 @@ def test_bad_requests(monkeypatch):
         parallelize(model, options=ParallelOptions(attention="math"))
     assert parallelize(model, options=ParallelOptions(attention="sdpa")) is model
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ConfigError, match=r"needs diffusers, which is not installed \(pip install videofm\[export\]\)"):
+    with pytest.raises(
+        ConfigError, match=r"needs diffusers, which is not installed \(pip install -c constraints\.txt -e '\.\[export\]'\)"
+    ):
         small()
 
 

@@ -85,7 +85,8 @@ def test_groups_wait_as_long_as_configured() -> None:
 
 
 def test_degrees_must_multiply_to_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "6", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     config = ParallelConfig(data_degree=2, context_degree=2, tensor_degree=2)
     told = r"data_degree 2 x context_degree 2 x tensor_degree 2 = 8 must equal the number of processes, 6. Start 8 processes"
     with pytest.raises(ParallelError, match=told):
@@ -93,8 +94,9 @@ def test_degrees_must_multiply_to_the_number_of_processes(monkeypatch: pytest.Mo
 
 
 def test_the_environment_says_how_many_ranks_share_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    told = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ParallelError, match=r"= 8 processes, which do not lie on one node of 4"):
         create_mesh(ParallelConfig(context_degree=8, context_strategy="ulysses"), CPU)
 

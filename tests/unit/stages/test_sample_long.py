@@ -192,7 +192,7 @@ def test_several_videos_and_a_stop_between_windows(
     assert [path.name for path in (run.path / "samples").iterdir()] == ["000.mp4"]
     (first,) = rows(run)
     monkeypatch.setattr(Pipeline, "stream_windows", made)
-    (run.path / "control" / "stop").unlink()
+    run.start_attempt()
     sample.run(wanted, run)
     assert rows(run)[0] == first
     assert [row["caption"] for row in rows(run)] == ["a", "b"]

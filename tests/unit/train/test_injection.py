@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from tests.unit.train.test_build import config
 from videofm import models
-from videofm.config.train import ModelConfig, TrainConfig
+from videofm.config.model import ModelConfig
+from videofm.config.train import TrainConfig
 from videofm.errors import CheckpointError, ConfigError
 from videofm.train.build import build_models, dry_run
 

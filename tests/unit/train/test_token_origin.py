@@ -16,7 +16,7 @@ from tests.unit.encoding import encode_config, save_encoders, save_tokenizer, to
 from tests.unit.runs import write_run
 from videofm import models
 from videofm.config.data import DataConfig
-from videofm.config.train import ModelConfig
+from videofm.config.model import ModelConfig
 from videofm.data.encoded import ClipCache
 from videofm.errors import ConfigError
 from videofm.train.token_origin import check_tokenizers

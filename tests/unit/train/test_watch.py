@@ -26,6 +26,7 @@ from videofm.data.shards import ShardWriter
 from videofm.errors import DataError
 from videofm.run_dir import RunDirectory
 from videofm.train.watch import HeldOut, Samples
+from videofm.train.watchdog import Heartbeat
 from videofm.train.worker import watching
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
@@ -71,6 +72,7 @@ def a_job(clips: Path, tmp_path: Path) -> Callable[..., Any]:
             config=config(clips),
             run=RunDirectory(tmp_path),
             mesh=SimpleNamespace(is_main=is_main, device=torch.device("cpu")),
+            heartbeat=Heartbeat(),
             models={role: getattr(built, role) for role in ("dit", "vae", "text_encoder")},
             averages={},
         )

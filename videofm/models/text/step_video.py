@@ -193,7 +193,8 @@ def _sentencepiece(file: Path) -> Callable[[str], Sequence[int]]:
         import sentencepiece
     except ImportError as error:
         raise ConfigError(
-            "the tokenizer of text/step_video needs sentencepiece, which is not installed: pip install 'videofm[text]'."
+            "the tokenizer of text/step_video needs sentencepiece, which is not installed: "
+            "pip install -c constraints.txt -e '.[text]'."
         ) from error
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: it is the tokenizer of Step-LLM.")

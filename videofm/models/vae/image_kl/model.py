@@ -62,5 +62,7 @@ def _autoencoder_kl(config: ImageKLConfig) -> nn.Module:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ConfigError("vae/image_kl needs diffusers, which is not installed (pip install videofm[export]).") from error
+        raise ConfigError(
+            "vae/image_kl needs diffusers, which is not installed (pip install -c constraints.txt -e '.[export]')."
+        ) from error
     return AutoencoderKL(**config.arguments)
