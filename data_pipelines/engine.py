@@ -22,6 +22,7 @@ from data_pipelines.address import check_address
 from data_pipelines.scratch import RAY, scratch_folder
 from videofm.config.curate import EngineConfig
 from videofm.errors import ConfigError, DataError, TransientError, VideofmError
+from videofm.progress import LOG
 
 _WORKER_DEATHS = 2
 """A task whose worker process dies is begun again this often; the attempts log keeps a source from doing that twice."""
@@ -160,7 +161,7 @@ def run_tasks(
 
 
 def check_actors(name: str, count: int, num_cpus: float, num_gpus: float) -> None:
-    """Refuse actors that Ray would look for a place for without end.
+    """Refuse actors that Ray would look for a place for without end, and say where they leave the GPUs of a cluster idle.
 
     Args:
         name: who wants them, in messages.
@@ -178,6 +179,8 @@ def check_actors(name: str, count: int, num_cpus: float, num_gpus: float) -> Non
                 f"{name}: {count} actors with {need:g} {kind} each need {need * count:g}, the cluster has "
                 f"{has.get(kind, 0.0):g}; lower num_actors or num_{kind.lower()}s"
             )
+    if not num_gpus and has.get("GPU"):
+        LOG.warning("%s: num_gpus is 0, so actors compute on CPUs, and the %g GPUs of the cluster do nothing", name, has["GPU"])
 
 
 def first_answers(name: str, references: Any) -> Any:

@@ -39,8 +39,9 @@ def main() -> None:
         count = cast_votes(addresses[0], by_score(_follows), annotator="script")
     print(f"{count} votes in {time.monotonic() - started:.0f} s", flush=True)
     _videofm("dpo", "annotate", str(stages / "candidates"), "--store", str(store), "--export", str(pairs))
-    write_atomic(folder / "recipe.json", json.dumps(_recipe(stages, folder, pairs), indent=2))  # stages in their order
-    _videofm("run", str(folder / "recipe.json"))
+    config = folder / "config.json"  # not recipe.json, which is the run's own record
+    write_atomic(config, json.dumps(_recipe(stages, folder, pairs), indent=2))  # stages in their order
+    _videofm("run", str(config))
     print(json.dumps(read_json(folder / "stages/evaluate/evaluation.json")["metrics"], indent=2))
 
 

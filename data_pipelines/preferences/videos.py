@@ -27,6 +27,8 @@ from videofm.files import sha256_of
 from videofm.run_dir import read_jsonl, write_atomic
 
 _MAX_ATTEMPTS = 2
+GIVEN_UP = ("crash", "timeout")
+"""Problems that may lie in the limits and not in the file."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,15 @@ class VideoReader:
         return found
 
     def _known(self, files: Sequence[Path]) -> dict[Path, Video]:
-        """What an earlier attempt found of files that are still the same; a last line that was cut goes."""
+        """What an earlier attempt found of files that are still the same; a last line that was cut goes. What was given up is
+        read again: another attempt may have other limits, or a machine with less to do."""
         wanted, rows, found = {str(file): file for file in files}, [], {}
         for row in read_jsonl(self._done):
             video = Video(**row["video"])
             file = wanted.get(video.file)
-            if file is not None and row["stamp"] == _stamp(file) and (video.problem or Path(video.stored).is_file()):
+            given_up = video.problem.partition(":")[0] in GIVEN_UP
+            there = bool(video.problem) or Path(video.stored).is_file()
+            if file is not None and row["stamp"] == _stamp(file) and there and not given_up:
                 found[file] = video
                 rows.append(row)
         write_atomic(self._done, "".join(f"{json.dumps(row)}\n" for row in rows))

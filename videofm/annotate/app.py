@@ -6,7 +6,6 @@ import json
 import re
 import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ class Pages:
         self._files = {name: (PAGE / name).read_bytes() for name in FILES}
 
     def guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """`handler` behind the token, with errors of ours as answers."""
+        """`handler` behind the token, with errors of ours as answers. Who is not among the named annotators is asked again."""
 
         async def answer(request: Request) -> Response:
             session = self.access.opened(request.cookies.get(self.access.cookie))
@@ -85,6 +84,8 @@ class Pages:
                 if self.access.token is not None and shown is None:
                     return PlainTextResponse(_NO_TOKEN, 401)
                 session = self.access.new_session()
+            if session.annotator is not None and not self.desk.admits(session.annotator):
+                session = Session(session.id, None)
             try:
                 return await handler(self, request, session)
             except Refused as error:
@@ -101,12 +102,14 @@ class Pages:
         return answer
 
     async def index(self, request: Request, session: Session) -> Response:
-        """The page. A name in the address (`?annotator=NAME`) is the one that votes, unless a link of another site led here, or
-        it cannot be one: the page asks then."""
+        """The page. A name in the address (`?annotator=NAME`) is the one that votes; where it cannot be one, nobody votes until
+        the page has asked, whoever voted before. A link of another site is not heard."""
         name = request.query_params.get("annotator")
         if name is not None and request.headers.get("sec-fetch-site") != "cross-site":
-            with suppress(Refused):
+            try:
                 session = Session(session.id, await run_in_threadpool(self.desk.join, name))
+            except Refused:
+                session = Session(session.id, None)
         return self._seal(self._file("index.html"), session)
 
     async def page_file(self, request: Request, session: Session) -> Response:

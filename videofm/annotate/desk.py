@@ -60,10 +60,14 @@ class Desk:
             Refused: it is no name, or not one of those that were named at the start.
         """
         annotator = clean_name(name)
-        if self.names and annotator not in self.names:
+        if not self.admits(annotator):
             raise Refused(f"{annotator!r} is not one of the annotators here: {', '.join(self.names)}", 403)
         self.store.join(annotator, order_for(self.pool.pairs, self._settings.seed, annotator))
         return annotator
+
+    def admits(self, annotator: str) -> bool:
+        """Whether he may vote here; a browser may come with the name of an earlier start."""
+        return not self.names or annotator in self.names
 
     def state(self, annotator: str) -> dict[str, Any]:
         """What the page shows: the pair, its videos from left to right, and how far the annotator is."""
@@ -148,7 +152,8 @@ class Desk:
     def _check_owner(self, annotator: str, body: Mapping[str, Any]) -> None:
         if body.get("annotator") != annotator:
             raise Refused(
-                f"this page was opened by {body.get('annotator')!r}, and the browser now votes as {annotator!r}; load it again",
+                f"this page was opened by {body.get('annotator')!r}, and the browser now votes as {annotator!r}; "
+                "say again who votes",
                 403,
             )
 

@@ -10,7 +10,8 @@ from videofm.annotate.queue import Pool, pool_of
 from videofm.annotate.store import Settings, Store
 from videofm.data.candidates import read_candidates
 from videofm.data.manifest import Manifest
-from videofm.errors import ConfigError
+from videofm.errors import ConfigError, DataError
+from videofm.run_dir import RunDirectory
 
 _AXIS = re.compile(r"[a-z][a-z0-9_]{0,23}")
 DEFAULT_STORE = "annotations/votes.sqlite"
@@ -40,14 +41,17 @@ def open_store(candidates: Path, path: Path, wishes: Wishes = Wishes()) -> tuple
 
     Raises:
         ConfigError: a wish is out of range, or the store was begun with another.
-        DataError: there is nothing to compare, or the candidates are not those of the store.
+        DataError: there is nothing to compare, the candidates are not those of the store, or they are still being made and the
+            store is new.
     """
-    manifest = Manifest.load(candidates)
     before = None
     if path.is_file():
         opened = Store.read(path)
         before = opened.settings if opened.begun else None  # its making may have been cut short
         opened.close()
+    if before is None:
+        _refuse_unfinished(candidates)  # before its manifest is read: what is finished now stays as it is
+    manifest = Manifest.load(candidates)
     said = {name: value for name, value in vars(wishes).items() if value is not None}
     settings = Settings(**{**vars(before or DEFAULTS), "dataset": manifest.hash, **said})
     if not 0 <= settings.overlap <= 1:
@@ -60,3 +64,17 @@ def open_store(candidates: Path, path: Path, wishes: Wishes = Wishes()) -> tuple
         raise ConfigError(f"--num-pairs is {settings.num_pairs}; it is at least 1")
     pool = pool_of(read_candidates(manifest), num_pairs=settings.num_pairs, overlap=settings.overlap, seed=settings.seed)
     return pool, Store.create(path, settings, [(pair.pair_id, pair.shared) for pair in pool.pairs])
+
+
+def _refuse_unfinished(candidates: Path) -> None:
+    """Votes are about one state of a dataset. A run that is not finished will commit more shards, and then its votes could
+    neither be taken up again nor exported."""
+    run = RunDirectory(candidates)
+    if run.fingerprint is None or run.finished:
+        return
+    outcome = run.outcome
+    state = "no outcome yet: it is running, or was killed" if outcome is None else outcome["state"]
+    raise DataError(
+        f"{candidates} is a run that is not finished ({state}); votes that are begun now are lost with its next shard of "
+        "candidates. Let it finish first (the same command goes on with a run that was stopped), then vote"
+    )

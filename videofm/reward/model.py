@@ -18,7 +18,7 @@ from videofm.objectives.latents import encoded_latents
 from videofm.objectives.reward import check_reward
 from videofm.objectives.texts import encode_captions
 from videofm.pixels import scaled
-from videofm.sampling.source import training_size
+from videofm.sampling.source import training_config, training_size
 
 ROLES = ("reward", "vae", "text_encoder")
 """Roles of a training of a reward model; those that it did not train lie in `frozen/` of its run."""
@@ -27,8 +27,9 @@ ROLES = ("reward", "vae", "text_encoder")
 class ModelScores:
     """Scores of a reward model, an axis for each that it has; see `Reward`.
 
-    Latents are the most likely ones, weights the moving average where the run keeps one. Videos have to be of the size of the
-    clips of its training: whether a cut or resized one is as good as the whole, nobody has asked it.
+    Latents are the most likely ones, weights the moving average where the run keeps one. Videos have to be of the size and the
+    span of the clips of its training: whether a cut or resized one is as good as the whole, nobody has asked it. Where it read
+    every s-th frame of a clip, it is shown every s-th one of a video that is s times as long.
     """
 
     def __init__(self, config: ModelReward) -> None:
@@ -48,6 +49,9 @@ class ModelScores:
         check_reward(self.models)
         size = training_size(path, {"num_frames": None, "height": None, "width": None})
         self.size = size["num_frames"], size["height"], size["width"]
+        strides = training_config(path).get("data", {}).get("frame_strides", [1]) if size["num_frames"] > 1 else [1]
+        self.strides = {(size["num_frames"] - 1) * stride + 1: stride for stride in sorted(strides)}
+        """Frames of a video that is judged -> the step from one frame that is looked at to the next."""
 
     def score(self, videos: Sequence[Frames], captions: Sequence[str]) -> list[dict[str, float]]:
         """See `Reward.score`; all videos are computed together.
@@ -56,14 +60,15 @@ class ModelScores:
             DataError: a video of another size than the clips of the training.
         """
         for number, frames in enumerate(videos):
-            if frames.shape[:3] != self.size or frames.shape[3:] != (3,) or frames.dtype != np.uint8:
+            if len(frames) not in self.strides or frames.shape[1:] != (*self.size[1:], 3) or frames.dtype != np.uint8:
                 raise DataError(
                     f"video {number} ({captions[number]!r}) is {frames.dtype} {tuple(frames.shape)}, and the reward model was "
-                    f"trained on clips of {_told(self.size)}, uint8 (T, H, W, 3): make candidates of that size, or train it on "
-                    "clips of theirs."
+                    f"trained on clips of {self._told_size()}, uint8 (T, H, W, 3): make candidates of that size, or train it "
+                    "on clips of theirs."
                 )
         if not videos:
             return []
+        videos = [frames[:: self.strides[len(frames)]] for frames in videos]
         device = next(self.models["reward"].parameters()).device
         pixels = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3)  # (B, T, H, W, 3) -> (B, 3, T, H, W)
         scores = score_clips(self.models, scaled(pixels.to(device)), captions)
@@ -73,6 +78,9 @@ class ModelScores:
     @property
     def _reward(self) -> Any:
         return self.models["reward"]
+
+    def _told_size(self) -> str:
+        return f"{' or '.join(map(str, self.strides))} frames of {self.size[1]}x{self.size[2]}"
 
 
 @torch.no_grad()
@@ -88,7 +96,3 @@ def score_clips(roles: dict[str, nn.Module], video: Tensor, captions: Sequence[s
     latents = encoded_latents(roles["vae"], reward.seen(video))
     found: Tensor = reward(latents, encode_captions(roles["text_encoder"], list(captions), trained=False))
     return found
-
-
-def _told(size: tuple[int, int, int]) -> str:
-    return f"{size[0]} frames of {size[1]}x{size[2]}"

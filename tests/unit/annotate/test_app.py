@@ -72,6 +72,21 @@ def test_a_name_is_asked_once_and_kept(desk: Desk) -> None:
     assert led.get("/api/state").json()["annotator"] is None
 
 
+def test_a_refused_name_in_the_address_leaves_nobody(desk: Desk) -> None:
+    """Who opens the address of one who cannot vote is asked, also where somebody voted in this browser before: the next votes
+    are not for him. Nor do votes of a page that was open before go on."""
+    client = browser(desk)
+    state = begin(client, "ana")
+    assert client.get("/", params={"annotator": "<b>"}).status_code == 200
+    assert client.get("/api/state").json()["annotator"] is None
+    late = vote(client, state, "left", "client-00001")
+    assert late.status_code == 403 and "nobody has said a name in this session" in late.json()["error"]
+    assert desk.store.votes() == []
+    begin(client, "ana")
+    client.get("/", params={"annotator": "<b>"}, headers={"sec-fetch-site": "cross-site"})
+    assert client.get("/api/state").json()["annotator"] == "ana", "a link of another site takes no name away"
+
+
 def test_the_page_is_blind(desk: Desk) -> None:
     """Neither keys, hashes, sources nor seeds of any clip are in what the page is told."""
     client = browser(desk)
@@ -196,6 +211,21 @@ def test_only_named_annotators_where_some_are_named(candidates: Path, desk: Desk
     assert state["names"] == ["Ana", "ben"]
     answer = post(client, "/api/name", state, name="eva")
     assert answer.status_code == 403 and "'eva' is not one of the annotators here: Ana, ben" in answer.json()["error"]
+
+
+def test_a_browser_that_voted_under_another_name_is_asked_again(candidates: Path, desk: Desk) -> None:
+    """Its cookie is of an earlier start of the same votes, which anybody could join."""
+    before, closed = browser(desk), Desk(candidates, desk.pool, desk.store, desk.store.secret(), ["ana", "ben"])
+    state = begin(before, "eva")
+    client = browser(closed)
+    client.cookies = before.cookies
+    refused = vote(client, state, "left", "client-00001")
+    assert refused.status_code == 403 and "nobody has said a name in this session" in refused.json()["error"]
+    assert client.get(state["pair"]["videos"][0]).status_code == 403 and desk.store.votes() == []
+    client.get("/")
+    asked = client.get("/api/state").json()
+    assert (asked["annotator"], asked["names"], "pair" in asked) == (None, ["ana", "ben"], False)
+    assert begin(client, "ben")["annotator"] == "ben" == client.get("/api/state").json()["annotator"]
 
 
 def test_undo_over_http(desk: Desk) -> None:

@@ -35,14 +35,14 @@ def roles(seed: int = 0, **overrides: Any) -> dict[str, nn.Module]:
     return {role: model.eval() for role, model in found.items()}
 
 
-def run_of(path: Path, found: dict[str, nn.Module]) -> Path:
-    """The run directory of a training of the reward model among `found`, as a training leaves it."""
+def run_of(path: Path, found: dict[str, nn.Module], **data: Any) -> Path:
+    """The run directory of a training of the reward model among `found`, as a training leaves it; `data` is of its config."""
     step = path / "checkpoints" / "step_00000002"
     models.save(found["reward"], step / "models" / "reward")
     (step / "COMMITTED.json").write_text("{}")
     for role in ("vae", "text_encoder"):
         models.save(found[role], path / "frozen" / role)
-    data = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+    data = {**dict(zip(("num_frames", "height", "width"), SIZE, strict=True)), **data}
     (path / "config.yaml").write_text(json.dumps({"kind": "train", "objective": {"kind": "reward"}, "data": data}))
     (path / "lineage.json").write_text("{}")
     return path
@@ -121,6 +121,16 @@ def test_videos_of_another_size_are_refused(run: Path) -> None:
         reward.score([frames, frames[:5]], ["a", "b"])
     with pytest.raises(DataError, match="is float32"):
         reward.score([frames.astype(np.float32)], ["a"])
+
+
+def test_it_sees_the_frames_that_its_training_saw(run: Path, tmp_path: Path) -> None:
+    """Of clips that were read with strides, every second or third frame; a video between them is of neither."""
+    reward, frames = reward_at(run_of(tmp_path, roles(), frame_strides=[3, 2])), videos()[0]
+    long = np.repeat(frames, 3, axis=0)[:25]
+    found = reward.score([np.repeat(frames, 2, axis=0)[:17], long], ["a", "a"])
+    assert found == reward_at(run).score([frames, frames], ["a", "a"])
+    with pytest.raises(DataError, match="trained on clips of 17 or 25 frames of 32x32"):
+        reward.score([frames], ["a"])
 
 
 def test_runs_that_hold_no_reward_model_are_refused(run: Path, tmp_path: Path) -> None:

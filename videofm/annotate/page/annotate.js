@@ -12,13 +12,17 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const WORDS = { left: "Voted: left is better.", right: "Voted: right is better.", tie: "Voted: equally good.", both_bad: "Voted: both bad.",
   skip: "Skipped." };
 const KEYS = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", 3: "tie", ArrowDown: "tie", 4: "both_bad", s: "skip" };
+const TOOLS = { r: replay, p: togglePause, u: undo };
 const HOLD = 350; // milliseconds on the last frame before both begin again
 const APART = 0.1; // seconds that long videos may be apart
 
-let state = null; // what the server said last
+let state = null; // what the server said last; the page is of the annotator in it, and becomes another's only where a name is said
 let waiting = false; // for an answer of the server
 let ready = new Set(); // videos whose first frame is there
+let failed = new Set(); // videos that cannot be had just now
 let ended = new Set(); // videos that are at their end
+let paused = false; // nothing plays until it is asked for
+let hold = 0; // timer of the next loop
 let showing = 0; // counts what was put on the desk, so that what belongs to an earlier pair is seen
 
 // -- talking to the server
@@ -63,18 +67,34 @@ async function change(path, body, words) {
   if (waiting) return;
   waiting = true;
   enable();
+  const before = state.annotator;
   try {
-    const before = state.annotator;
     state = { ...state, ...await askUntilAnswered(path, { ...body, annotator: before, client_id: randomId() }) };
     tellProblem("");
     show(words);
   } catch (error) {
     tellProblem(`${error.message}.`);
-    try { state = await ask("/api/state"); show(""); } catch { /* the reason stands there already */ }
+    try { takeOver(await ask("/api/state"), before); show(""); } catch { /* the reason stands there already */ }
   } finally {
     waiting = false;
     enable();
   }
+}
+
+// A browser has one name for all its windows. Where it is not the one that this page is of, the page asks, and takes no vote until
+// a name is said in it: going on would put the votes of one person under the name of another.
+function takeOver(found, annotator) {
+  state = found.annotator !== null && found.annotator === annotator ? found : nobodys(found);
+}
+
+function nobodys(found) {
+  return { change: found.change, names: found.names, annotator: null, pair: null };
+}
+
+// The name in the address as the server keeps it; null where there is none.
+function nameInAddress() {
+  const name = new URLSearchParams(location.search).get("annotator");
+  return name === null ? null : name.trim().split(/\s+/).join(" ").normalize("NFC");
 }
 
 // -- showing what it said
@@ -107,7 +127,8 @@ function show(words) {
 
 function askForName() {
   stop();
-  const given = new URLSearchParams(location.search).get("annotator");
+  say("");
+  const given = nameInAddress();
   byId("name-form").hidden = state.names.length > 0;
   byId("names").hidden = state.names.length === 0;
   byId("names").replaceChildren(...state.names.map((name) => {
@@ -136,6 +157,7 @@ function beginAs(name) {
 }
 
 function showAxes() {
+  const inside = byId("axes").contains(document.activeElement);
   byId("axes").hidden = state.axes.length === 0;
   byId("axes").replaceChildren(...state.axes.map((axis) => {
     const set = document.createElement("fieldset");
@@ -153,6 +175,7 @@ function showAxes() {
     set.append(legend, row);
     return set;
   }));
+  if (inside) byId("axes").querySelector("input").focus(); // who votes by key from here goes on here
   document.documentElement.style.setProperty("--around", state.axes.length ? "460px" : "370px");
 }
 
@@ -176,7 +199,7 @@ function enable() {
     const can = button.dataset.choice === "skip" ? !waiting : seen;
     button.setAttribute("aria-disabled", String(!can));
   }
-  byId("replay").setAttribute("aria-disabled", String(!seen));
+  byId("replay").setAttribute("aria-disabled", String(!seen && failed.size === 0));
   for (const button of undoButtons) button.setAttribute("aria-disabled", String(waiting || !state || !state.can_undo));
   document.body.dataset.ready = String(seen && state !== null && state.pair !== null);
 }
@@ -184,9 +207,8 @@ function enable() {
 // -- two videos in step
 
 function load() {
-  showing += 1;
-  ready = new Set();
-  ended = new Set();
+  begin();
+  if (calm.matches) setPaused(true);
   for (const element of [...choiceButtons, ...figures]) element.classList.remove("chosen");
   document.body.dataset.loops = "0";
   videos.forEach((video, index) => {
@@ -197,8 +219,7 @@ function load() {
 }
 
 function stop() {
-  showing += 1;
-  ready = new Set();
+  begin();
   for (const video of videos) {
     video.pause();
     video.removeAttribute("src");
@@ -207,10 +228,20 @@ function stop() {
   enable();
 }
 
+// Nothing is known of what is on the desk next.
+function begin() {
+  showing += 1;
+  ready = new Set();
+  failed = new Set();
+  ended = new Set();
+  clearTimeout(hold);
+}
+
 // Both from their first frame, when both are there.
 async function restart() {
   const mine = showing;
   ended = new Set();
+  clearTimeout(hold);
   await Promise.all(videos.map((video) => {
     video.pause();
     if (video.currentTime === 0) return null;
@@ -219,8 +250,38 @@ async function restart() {
       video.currentTime = 0;
     });
   }));
-  if (mine !== showing) return;
-  await Promise.all(videos.map((video) => video.play().catch(() => {}))); // a browser that plays nothing by itself: Replay
+  if (mine === showing && !paused) play();
+}
+
+// Those that are not at their end: there one waits for the other.
+function play() {
+  for (const video of videos) {
+    if (video.ended) continue;
+    video.play().catch((error) => { if (error.name === "NotAllowedError") setPaused(true); }); // a browser that plays nothing unasked
+  }
+}
+
+function setPaused(value) {
+  paused = value;
+  byId("pause").setAttribute("aria-pressed", String(paused));
+}
+
+// Both stop at the time of the one that is behind.
+function pause() {
+  clearTimeout(hold);
+  for (const video of videos) video.pause();
+  const running = videos.filter((video) => !video.ended);
+  const at = Math.min(...running.map((video) => video.currentTime));
+  for (const video of running) if (video.currentTime !== at) video.currentTime = at;
+}
+
+async function resume() {
+  const mine = showing;
+  if (videos.every((video) => video.ended)) return restart();
+  await Promise.all(videos.filter((video) => video.seeking).map((video) => (
+    new Promise((resolve) => { video.addEventListener("seeked", resolve, { once: true }); })
+  )));
+  if (mine === showing && !paused) play();
 }
 
 videos.forEach((video, index) => {
@@ -232,18 +293,22 @@ videos.forEach((video, index) => {
     const wide = videos[0].videoWidth / videos[0].videoHeight >= videos[1].videoWidth / videos[1].videoHeight ? videos[0] : videos[1];
     byId("desk").style.setProperty("--ratio", String(wide.videoWidth / wide.videoHeight));
     enable();
-    if (!calm.matches) restart();
+    if (!paused) restart();
   });
   video.addEventListener("ended", () => {
     ended.add(index);
     if (ended.size < 2) return; // the shorter one waits on its last frame
     document.body.dataset.loops = String(Number(document.body.dataset.loops) + 1);
-    const mine = showing;
-    if (!calm.matches) setTimeout(() => { if (mine === showing) restart(); }, HOLD);
+    if (calm.matches) setPaused(true);
+    if (!paused) hold = setTimeout(restart, HOLD);
   });
   video.addEventListener("error", () => {
     if (!video.getAttribute("src") || state === null || state.pair === null) return;
-    tellProblem(`The ${index ? "right" : "left"} video cannot be played. Skip this pair; the one who runs the server finds why in its log.`);
+    ready.delete(index);
+    failed.add(index);
+    tellProblem(`The ${index ? "right" : "left"} video cannot be played. Skip this pair, or try again with Replay; where that does `
+      + "not help, the one who runs the server finds why in its log.");
+    enable();
   });
 });
 
@@ -275,23 +340,43 @@ function undo() {
   }
 }
 
+// From the first frame; a video that could not be had is asked for again.
 function replay() {
-  if (ready.size === 2) restart();
+  if (failed.size > 0 && !waiting) {
+    tellProblem("");
+    const again = videos.filter((video, index) => failed.has(index));
+    failed = new Set();
+    for (const video of again) video.load();
+    enable();
+  } else if (ready.size === 2) {
+    setPaused(false);
+    restart();
+  }
+}
+
+function togglePause() {
+  if (state.pair === null) return;
+  setPaused(!paused);
+  say(paused ? "Paused. Pause again, and it plays on." : "Playing.");
+  if (ready.size < 2) return; // they start when both are there, unless paused
+  if (paused) pause();
+  else resume();
 }
 
 // The second click of a double click would fall on the next pair; clicks of the keyboard count 0.
 for (const button of choiceButtons) button.addEventListener("click", (event) => { if (event.detail < 2) vote(button.dataset.choice); });
 for (const button of undoButtons) button.addEventListener("click", (event) => { if (event.detail < 2) undo(); });
 byId("replay").addEventListener("click", replay);
+byId("pause").addEventListener("click", togglePause);
 byId("name-form").addEventListener("submit", (event) => {
   event.preventDefault();
   beginAs(byId("name").value);
 });
 byId("change").addEventListener("click", () => {
   if (waiting) return; // its answer would bring the old name back
-  history.replaceState(null, "", "/");
+  history.replaceState(null, "", "/?annotator="); // to load the page again asks as well
   byId("name").value = "";
-  state = { ...state, annotator: null };
+  state = nobodys(state);
   show("");
 });
 
@@ -302,18 +387,24 @@ document.addEventListener("keydown", (event) => {
   if (inRadio && event.key.startsWith("Arrow")) return; // the arrows choose there
   const prompt = byId("prompt");
   if (event.target === prompt && prompt.scrollHeight > prompt.clientHeight && ["ArrowDown", "ArrowUp"].includes(event.key)) return; // they scroll it
+  if (event.key === "ArrowDown" && tall()) return; // it scrolls the page
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const choice = KEYS[key];
-  if (choice === undefined && key !== "r" && key !== "u") return;
+  const tool = TOOLS[key];
+  if (choice === undefined && tool === undefined) return;
   event.preventDefault();
   if (choice !== undefined) vote(choice);
-  else if (key === "u") undo();
-  else replay();
+  else tool();
 });
+
+function tall() {
+  return document.scrollingElement.scrollHeight > document.documentElement.clientHeight;
+}
 
 (async () => {
   try {
-    state = await ask("/api/state");
+    const found = await ask("/api/state");
+    takeOver(found, nameInAddress() ?? found.annotator); // another window may have been quicker to change the name
     show("");
   } catch (error) {
     tellProblem(`${error.message}.`);
