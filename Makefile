@@ -1,4 +1,5 @@
-# `make quickstart` and `make test` need nothing but Python 3.11 (or 3.12); each makes .venv first if there is none.
+# `make quickstart` needs nothing but Python 3.11 or 3.12 (PYTHON=python3.12 where python3 is another), `make test` also Chromium, Slurm
+# and munge, which .ci/run installs. Each makes .venv first if there is none.
 PYTHON ?= python3
 # PIP_FLAGS goes to every pip install: an index with the CPU build of torch, say, where the default one has CUDA builds only.
 PIP_FLAGS ?=
@@ -25,7 +26,7 @@ quickstart: $(STAMP)  ## the main job: demo videos -> curation -> VAE -> DiT -> 
 
 test: $(STAMP)  ## lint, types, import rules and every test (those that need a GPU are skipped without one)
 	$(BIN)/python tools/check.py --no-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)  ## lint, types, import rules, unit tests; a minute or two
 	$(BIN)/python tools/check.py

@@ -44,7 +44,7 @@ for _origin in _ORIGINS:
     _origin.set_forkserver_preload(list(IMPORTED))
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 1800.0) -> list[Any]:
     """Call `fn(rank, world_size, *args)` in `world_size` fresh processes that share a gloo group; return the results by rank.
 
     `fn` is a module-level function; results are plain values or CPU tensors. The default group exists when `fn` runs, and
@@ -70,7 +70,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def launch_ranks(
-    script: str | Path, world_size: int, *arguments: str | Path, codes: Sequence[int] | None = None, timeout: float = 150.0
+    script: str | Path, world_size: int, *arguments: str | Path, codes: Sequence[int] | None = None, timeout: float = 1800.0
 ) -> None:
     """Run `python script *arguments` as `world_size` ranks of one machine, with the environment that a launcher sets.
 
@@ -137,7 +137,10 @@ def _environment(rank: int, world_size: int) -> dict[str, str]:
 
 
 def _start(rank: int, environment: dict[str, str], output: Path | None, fn: Callable[..., None], *args: Any) -> Any:
-    """Fork a process that calls `fn(*args)`."""
+    """Fork a process that calls `fn(*args)`. All origins are started before the first fork: they import at the same time, not
+    one after the other while the time of the first rank runs."""
+    for origin in _ORIGINS:
+        origin.ensure_running()
     process = _CONTEXT.Process(target=_enter, args=(environment, output, fn, args), daemon=False)
     with mock.patch.object(forkserver, "connect_to_new_process", _ORIGINS[rank % len(_ORIGINS)].connect_to_new_process):
         process.start()

@@ -169,7 +169,7 @@ def errors(rank: int, world_size: int, cases: list[tuple]) -> list[float]:
 
 def check(world_size: int, cases: list[tuple]) -> None:
     """Each case on each rank is as exact as its dtype allows."""
-    by_rank = run_distributed(errors, world_size, cases, timeout=300)
+    by_rank = run_distributed(errors, world_size, cases)
     wrong = [
         f"{case} rank {rank}: {error:.1e}"
         for case, *by_case in zip(cases, *by_rank, strict=True)
@@ -246,7 +246,7 @@ def differs_bitwise(rank: int, world_size: int) -> list[str]:
 
 
 def test_ulysses_is_bitwise_what_one_rank_computes():
-    assert run_distributed(differs_bitwise, 4, timeout=300) == [[]] * 4
+    assert run_distributed(differs_bitwise, 4) == [[]] * 4
 
 
 # --- what is sent -------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def expected_bytes(strategy: str, length: int, heads: tuple[int, int]) -> tuple[
 
 
 def test_ranks_send_what_others_expect_and_what_the_formulas_say():
-    by_rank = run_distributed(sent, 4, timeout=300)
+    by_rank = run_distributed(sent, 4)
     num_messages = {"ulysses": (2, 2), "allgather_kv": (1, 2), "ring": (3, 7), "unified": (2 + 1, 2 + 3)}
     for case, *ranks in zip(SENT_CASES, *by_rank, strict=True):
         strategy, layout, length, heads, _ = case
@@ -469,7 +469,7 @@ def test_recomputed_compiled_and_counted():
 
     Ranks' FLOPs add up to those of one rank: `4 * pairs * N * K` with `21 * 22 / 2` pairs a sample, and twice that backward.
     """
-    by_rank = run_distributed(in_torch, 4, timeout=300)
+    by_rank = run_distributed(in_torch, 4)
     for results in by_rank:
         for strategy in DISTRIBUTED:
             plain = results[f"{strategy}, plain"]
@@ -525,7 +525,7 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
 
 
 def test_wrong_requests_are_refused_with_the_fix():
-    (messages, *others) = run_distributed(refusals, 4, timeout=300)
+    (messages, *others) = run_distributed(refusals, 4)
     expected = {
         "no layout": "ring(math) does not know which tokens this rank holds: set `place.layout`",
         "parts": "the layout has 2 parts for a context group of 4 ranks",
@@ -560,6 +560,6 @@ def skip_a_collective(rank: int, world_size: int) -> tuple[float, str]:
 
 
 def test_ranks_whose_peer_skips_a_collective_raise_within_the_timeout():
-    for took, message in run_distributed(skip_a_collective, 4, timeout=300)[::2]:
+    for took, message in run_distributed(skip_a_collective, 4)[::2]:
         assert "imed out" in message or "imeout" in message, message
         assert took < 20

@@ -167,12 +167,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    return {key[0]: found for key, found in run_distributed(every_step, 1, str(folder), timeout=400.0)[0]}
+    return {key[0]: found for key, found in run_distributed(every_step, 1, str(folder))[0]}
 
 
 @pytest.fixture(scope="module")
 def shared(folder: Path) -> list[list[tuple[Key, dict[str, Any]]]]:
-    return run_distributed(every_step, 2, str(folder), timeout=400.0)
+    return run_distributed(every_step, 2, str(folder))
 
 
 def test_the_step_alone_says_something(alone: dict[str, dict[str, Any]]) -> None:

@@ -233,7 +233,7 @@ def one_rank() -> dict[Any, Any]:
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_every_mesh_takes_the_step_of_one_rank(one_rank: dict[Any, Any], world_size: int) -> None:
     """Loss, metrics, gradient norm, clipped gradient (as a moment) and weights, on every rank, to 1e-6; numbers to 2e-6."""
-    ranks = [one_rank] if world_size == 1 else run_distributed(steps_of, world_size, timeout=240.0)
+    ranks = [one_rank] if world_size == 1 else run_distributed(steps_of, world_size)
     for rank, results in enumerate(ranks):
         assert len(results) == len(WORLDS[world_size]) * len(cases(world_size))
         for case, ours in results.items():

@@ -205,5 +205,5 @@ def test_the_reference_moves_and_is_clipped(references: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_layout_takes_the_step_of_one_rank(world_size: int, references: dict[str, Any]) -> None:
-    wrong = {line for lines in run_distributed(compare, world_size, references, timeout=400.0) for line in lines}
+    wrong = {line for lines in run_distributed(compare, world_size, references) for line in lines}
     assert not wrong, "\n".join(sorted(wrong))

@@ -361,7 +361,7 @@ def rank_main(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def by_size(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return {size: run_distributed(rank_main, size, folder, timeout=300) for size in (2, 4)}
+    return {size: run_distributed(rank_main, size, folder) for size in (2, 4)}
 
 
 @pytest.fixture

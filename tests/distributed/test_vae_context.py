@@ -268,7 +268,7 @@ def _what_is_sent(meshes: dict[int, Any]) -> dict[str, list[tuple[str, int]]]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    return run_distributed(_everything, 4, timeout=300.0)
+    return run_distributed(_everything, 4)
 
 
 def _assert_small(cases: list[dict[str, dict[str, float]]], tolerance: float) -> None:

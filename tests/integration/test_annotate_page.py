@@ -5,97 +5,23 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, Route
 
-from tests.annotate_candidates import write_candidates
-from tools.scripted_annotator import PATIENCE, READY, Seen, by_score, cast_votes, chromium, open_page, seen, serving, vote
+from tests import annotate_pages as pages
+from tests.annotate_pages import DESKTOP, PHONE, overflow, until, videos, votes_of
+from tools.scripted_annotator import READY, Seen, by_score, cast_votes, seen, serving, vote
 from videofm.annotate.agreement import agreement
-from videofm.annotate.store import Store, Vote
 from videofm.cli import main
 from videofm.data.preferences import read_preferences
 from videofm.media import Frames
 
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 TOKEN = "a-token-of-our-own"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three prompts with two candidates each: three pairs."""
-    return write_candidates(tmp_path_factory.mktemp("run") / "candidates", num_candidates=2, size=64)
-
-
-@pytest.fixture(scope="module")
-def place(candidates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """The address and the file of votes of one server; every test votes under names of its own, and all pairs are for all."""
-    path = tmp_path_factory.mktemp("votes") / "votes.sqlite"
-    with serving(candidates, "--store", str(path), "--overlap", "1", "--axes", "motion,text") as addresses:
-        yield addresses[0], path
-
-
-@pytest.fixture
-def open_as(browser: Browser, place: tuple[str, Path]) -> Iterator[Callable[..., Page]]:
-    """Opens pages of annotators; fails where a script fails or the page's policy (CSP) is hurt."""
-    troubles: list[str] = []
-    pages: list[Page] = []
-
-    def opened(name: str | None, **context: Any) -> Page:
-        page = open_page(browser, place[0], None, **{"viewport": DESKTOP, **context})
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda message: troubles.append(message.text) if "Security Policy" in message.text else None)
-        pages.append(page)
-        page.reload()
-        if name is not None:
-            page.fill("#name", name)
-            page.press("#name", "Enter")
-            page.wait_for_selector(READY)
-        return page
-
-    yield opened
-    for page in pages:
-        page.context.close()
-    assert not troubles
-
-
-def votes_of(place: tuple[str, Path], annotator: str) -> list[Vote]:
-    store = Store.read(place[1])
-    try:
-        return [vote for vote in store.votes() if vote.annotator == annotator]
-    finally:
-        store.close()
-
-
-def videos(page: Page) -> list[str]:
-    """Addresses of the two videos, from left to right."""
-    found: list[str] = page.eval_on_selector_all("video", "videos => videos.map(video => video.currentSrc)")
-    return found
-
-
-def until(page: Page, expression: str) -> None:
-    """Wait for something; not by `wait_for_function`, which evaluates texts in the page, as its policy (CSP) forbids."""
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, f"{expression} does not come"
-        page.wait_for_timeout(50)
-
-
-def overflow(page: Page) -> int:
-    """Pixels that can be scrolled to the side."""
-    found: int = page.evaluate("document.scrollingElement.scrollWidth - document.documentElement.clientWidth")
-    return found
+browser, candidates, place, open_as = pages.browser, pages.candidates, pages.place, pages.open_as
 
 
 def test_vote_undo_tie_reload_and_the_end(open_as: Callable[..., Page], place: tuple[str, Path], tmp_path: Path) -> None:
@@ -149,19 +75,6 @@ def test_two_annotators_have_desks_of_their_own(open_as: Callable[..., Page], pl
     assert all(vote.choice == "second" for vote in votes_of(place, "ben")), "the second candidate moves faster"
 
 
-def test_two_windows_of_one_browser_cannot_mix_up_names(open_as: Callable[..., Page], place: tuple[str, Path]) -> None:
-    """One cookie for both windows: what the first one says after the second changed the name is refused, not credited."""
-    first = open_as("joe")
-    second = first.context.new_page()
-    second.goto(f"{place[0]}?annotator=kim")
-    second.wait_for_selector(READY)
-    assert second.inner_text("#annotator") == "kim"
-    first.click("[data-choice=left]")
-    first.wait_for_selector("#problem:not([hidden])")
-    assert "this page was opened by 'joe', and the browser now votes as 'kim'" in first.inner_text("#problem")
-    assert votes_of(place, "joe") == votes_of(place, "kim") == []
-
-
 def test_keyboard_alone_does_everything(open_as: Callable[..., Page], place: tuple[str, Path]) -> None:
     page = open_as(None)
     until(page, "document.activeElement.id === 'name'")
@@ -169,7 +82,7 @@ def test_keyboard_alone_does_everything(open_as: Callable[..., Page], place: tup
     page.keyboard.press("Enter")
     page.wait_for_selector(READY)
     reached = []
-    for _ in range(14):
+    for _ in range(15):
         page.keyboard.press("Tab")
         focus = page.evaluate(
             "(() => { const e = document.activeElement, s = getComputedStyle(e.type === 'radio' ? e.parentElement : e);"
@@ -180,7 +93,7 @@ def test_keyboard_alone_does_everything(open_as: Callable[..., Page], place: tup
         reached.append(focus[0])
         if focus[0] == "axis-motion":
             page.keyboard.press("ArrowRight")  # chooses within the axis, and is no vote
-    wanted = ["axis-motion", "axis-text", "left", "tie", "both_bad", "right", "replay", "skip", "undo"]
+    wanted = ["axis-motion", "axis-text", "left", "tie", "both_bad", "right", "replay", "pause", "skip", "undo"]
     assert reached[: len(wanted)] == wanted and "change" in reached
     assert page.inner_text("#count") == "0 of 3"
     for key, count in (("1", "1 of 3"), ("u", "0 of 3"), ("ArrowDown", "1 of 3"), ("ArrowRight", "2 of 3")):
@@ -197,6 +110,75 @@ def test_keyboard_alone_does_everything(open_as: Callable[..., Page], place: tup
     said = votes_of(place, "lea")
     assert said[0].choice == "tie" and said[2].choice == "both_bad"
     assert said[1].choice != said[1].left, "the right arrow is for the right"
+
+
+def test_keys_go_on_from_within_the_axes(open_as: Callable[..., Page], place: tuple[str, Path]) -> None:
+    """Who says something of an axis and votes by key is at the first axis of the next pair, not at the head of the page."""
+    page = open_as("rio")
+    page.focus("input[name=axis-text]")
+    page.keyboard.press("ArrowRight")
+    for key, count in (("1", "1 of 3"), ("2", "2 of 3"), ("u", "1 of 3")):
+        page.wait_for_selector(READY)
+        with page.expect_response("**/api/*"):
+            page.keyboard.press(key)
+        until(page, f"document.querySelector('#count').textContent === '{count}'")
+        focused = page.evaluate("(({name, value, checked}) => [name, value, checked])(document.activeElement)")
+        assert focused == ["axis-motion", "left", False], key
+    assert [set(vote.axes) for vote in votes_of(place, "rio")] == [{"text"}]
+
+
+def test_the_down_arrow_scrolls_a_page_that_is_taller_than_its_window(
+    open_as: Callable[..., Page], place: tuple[str, Path]
+) -> None:
+    """There it is no vote, neither on the way nor at the end; where all is in sight it is a tie, and key 3 always."""
+    page = open_as("sam", viewport={"width": 1280, "height": 500})
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(30):
+        page.keyboard.press("ArrowDown")
+    until(page, "scrollY > 0 && scrollY + innerHeight >= document.documentElement.scrollHeight - 1")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(300)
+    assert page.inner_text("#count") == "0 of 3" and votes_of(place, "sam") == []
+    for key, size, count in (("3", 500, "1 of 3"), ("ArrowDown", DESKTOP["height"], "2 of 3")):
+        page.set_viewport_size({"width": 1280, "height": size})
+        page.wait_for_selector(READY)
+        with page.expect_response("**/api/vote"):
+            page.keyboard.press(key)
+        until(page, f"document.querySelector('#count').textContent === '{count}'")
+    assert [vote.choice for vote in votes_of(place, "sam")] == ["tie", "tie"]
+
+
+CONTRASTS = """hints => hints.filter(hint => hint.offsetParent !== null).map(hint => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const over = (top, share, under) => under.map((value, index) => top[index] * share + value * (1 - share));
+  const light = colour => colour.map(value => value / 255).map(value => (
+    value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4
+  )).reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+  const parents = [];
+  for (let element = hint; element !== null; element = element.parentElement) parents.unshift(element);
+  let under = [255, 255, 255], opacity = 1;
+  for (const style of parents.map(element => getComputedStyle(element))) {
+    const [red, green, blue, alpha = 1] = numbers(style.backgroundColor);
+    opacity *= Number(style.opacity);
+    under = over([red, green, blue], alpha * opacity, under);
+  }
+  const both = [light(under), light(over(numbers(getComputedStyle(hint).color), opacity, under))];
+  return [hint.parentElement.textContent.trim(), (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05)];
+})"""
+"""Label and contrast (WCAG 2.2) of each key hint in sight against what lies under it."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_key_hints_are_legible(open_as: Callable[..., Page], scheme: str) -> None:
+    page = open_as(f"hints {scheme}", color_scheme=scheme, reduced_motion="reduce")  # without transitions of colours
+    vote(page, "left")  # from now on all can be pressed; what cannot may be pale
+    found = dict(page.eval_on_selector_all("kbd", CONTRASTS))
+    assert len(found) == 8 and min(found.values()) >= 4.5, found
+    vote(page, "left")
+    vote(page, "left")
+    page.wait_for_selector("#done:not([hidden])")
+    found = dict(page.eval_on_selector_all("kbd", CONTRASTS))
+    assert len(found) == 1 and min(found.values()) >= 4.5, found
 
 
 def test_labels_and_live_region(open_as: Callable[..., Page]) -> None:
@@ -245,15 +227,6 @@ def test_videos_loop_in_step(open_as: Callable[..., Page]) -> None:
     assert float(np.median(apart)) < 0.2, apart
 
 
-def test_reduced_motion_plays_when_asked(open_as: Callable[..., Page]) -> None:
-    page = open_as("oda", reduced_motion="reduce")
-    paused = "[...document.querySelectorAll('video')].every(video => video.paused && video.currentTime === 0)"
-    assert page.evaluate(paused)
-    page.keyboard.press("r")
-    until(page, "document.body.dataset.loops === '1'")
-    assert page.evaluate("[...document.querySelectorAll('video')].every(video => video.ended)"), "once, then still"
-
-
 def test_a_lost_answer_costs_no_vote_and_doubles_none(open_as: Callable[..., Page], place: tuple[str, Path]) -> None:
     """The first request never arrives, the answer to the second is lost; the page says so and tries until it is answered."""
     page = open_as("pia")
@@ -277,20 +250,6 @@ def test_a_lost_answer_costs_no_vote_and_doubles_none(open_as: Callable[..., Pag
     assert page.is_hidden("#problem")
     assert len(tries) == 3 and len(set(tries)) == 1
     assert [vote.client_id for vote in votes_of(place, "pia")] == [tries[0]]
-
-
-def test_a_video_that_does_not_play_can_be_skipped(open_as: Callable[..., Page], place: tuple[str, Path]) -> None:
-    page = open_as("quy")
-    page.route("**/video/*", lambda route: route.fulfill(body=b"no video", content_type="video/mp4"))
-    page.reload()
-    page.wait_for_selector("#problem:not([hidden])")
-    assert "video cannot be played. Skip this pair" in page.inner_text("#problem")
-    assert page.get_attribute("[data-choice=left]", "aria-disabled") == "true"
-    page.unroute("**/video/*")
-    with page.expect_response("**/api/vote"):
-        page.click("[data-choice=skip]")
-    page.wait_for_selector(READY)
-    assert [vote.choice for vote in votes_of(place, "quy")] == ["skip"] and page.is_hidden("#problem")
 
 
 def test_token_names_and_the_way_to_preferences(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests import hold
 from tests.integration.test_train import workers_of
 from videofm import media
 from videofm.run_dir import RunDirectory, read_json, read_jsonl
@@ -31,15 +32,21 @@ LAST = "checkpoints/step_00000006"
 LIGHT = ["trainer.num_threads=1"]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, held: Path | None = None) -> subprocess.Popen[str]:
+    """Start a verb; its ranks make as many steps as the file `held` says, and then wait until somebody kills them."""
     command = [sys.executable, "-m", "videofm", *arguments]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only wait for a second thread
+    if held is not None:
+        alone |= hold.environment(held)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=alone)
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
     """What `process` said, once it ended with `code` and without a traceback."""
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=1800)
+    finally:
+        process.kill()
     assert process.returncode == code and "Traceback" not in output, output
     return output
 
@@ -54,7 +61,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """Metrics of each step, without what a clock says."""
-    timings = {*TIMINGS, "slowest_rank", "attempt"}
+    timings = {*TIMINGS, "slowest_rank", "slowest_rank_id", "attempt", "checkpoint_stall"}
     return [{name: value for name, value in row.items() if name not in timings} for row in RunDirectory(run).metrics()]
 
 
@@ -137,23 +144,31 @@ def test_the_debug_configs_train_and_encode(chain: Path, tmp_path: Path) -> None
     assert there == {"arlon_tokenizer.yaml", "arlon_ar.yaml", "arlon_chain.yaml"}, "a new one has to be run here"
 
 
+def kill_once_saved(run: Path, step: int, command: list[str], held: Path) -> None:
+    """Start a training whose ranks wait after `step`, and kill it once that is saved, as it is while they wait."""
+    held.write_text(str(step))
+    process, deadline = start(*command, held=held), time.monotonic() + 600
+    try:
+        while not (run / f"checkpoints/step_{step:08d}/COMMITTED.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, "the step was not saved"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while workers_of(run):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.01)
+    assert not (run / LAST).exists(), "the kill came too late"
+
+
 @pytest.mark.parametrize(("stage", "step"), [("tokenizer_fine", 1), ("ar", 2)])
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(chain: Path, tmp_path: Path, stage: str, step: int) -> None:
     """SIGKILL once `step` is saved, of the tokenizer in the middle of collecting vectors for k-means; the same command again.
     All rows, and all tensors of the last checkpoint, are those of the chain's own training, to the last bit."""
     run = tmp_path / "run"
     command = ["train", same_config(chain / stage, tmp_path), f"trainer.checkpoint_every={step}", "--run-dir", str(run)]
-    process = start(*command)
-    deadline = time.monotonic() + 240
-    while not (run / f"checkpoints/step_{step:08d}/COMMITTED.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the step was not reached"
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    while workers_of(run):
-        assert time.monotonic() < deadline, "a rank outlived its launcher"
-        time.sleep(0.01)
-    assert not (run / LAST).exists(), "the kill came too late"
+    kill_once_saved(run, step, command, tmp_path / "hold")
     assert "resuming from step_" in end(start(*command))
     assert rows(run) == rows(chain / stage)
     files = sorted((chain / stage / LAST).rglob("*.safetensors"))

@@ -6,6 +6,7 @@ The tests share one run directory and stand in the order in which they must run:
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import hold
 from videofm.run_dir import RunDirectory, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,15 +36,20 @@ print(frames.shape)
 """
 
 
-def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start `videofm run` for the debug chain in the run directory `run`."""
+def start(run: Path, *arguments: str, held: Path | None = None) -> subprocess.Popen[str]:
+    """Start `videofm run` for the debug chain in the run directory `run`; ranks make as many steps as the file `held` says, and
+    then wait until they are asked to stop."""
     command = [sys.executable, "-m", "videofm", "run", "configs/debug/chain.yaml", f"run={run}", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    environment = None if held is None else os.environ | hold.environment(held)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
     """What `process` said, once it ended with `code` and without a traceback."""
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=1800)
+    finally:
+        process.kill()
     assert process.returncode == code, output
     assert "Traceback" not in output, output
     return output
@@ -85,7 +92,7 @@ def test_a_second_run_skips_everything(chain: Path) -> None:
 
 def test_the_export_needs_no_videofm(chain: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-c", PLAIN_DIFFUSERS, str(chain / "export")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[-2] == "(1, 9, 32, 32, 3)"
 
@@ -96,16 +103,21 @@ def test_the_report_is_one_page_about_every_stage(chain: Path) -> None:
     assert [name for name in STAGES if name not in page] == []
 
 
-def test_a_change_runs_again_what_follows_from_it_and_an_interrupt_loses_nothing(chain: Path) -> None:
-    """More steps for the DiT: SIGINT in its first step ends with 75 and a checkpoint; the same command goes on from there, up
-    to `--until`, and what stands behind it stays outdated. The old DiT is kept."""
+def test_a_change_runs_again_what_follows_from_it_and_an_interrupt_loses_nothing(chain: Path, tmp_path: Path) -> None:
+    """More steps for the DiT: SIGINT before its second step ends with 75 and a checkpoint; the same command goes on from there,
+    up to `--until`, and what stands behind it stays outdated. The old DiT is kept."""
     expected = dict.fromkeys(STAGES[:3], "done") | dict.fromkeys(STAGES[3:], "stale")
     assert states(chain, LONGER) == expected
-    process, log = start(chain, LONGER), chain / "stages" / "dit" / "log.txt"
-    deadline = time.monotonic() + 120
-    while not ((chain / "stale").exists() and log.exists() and "a new run" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "the DiT's training did not start"
-        time.sleep(0.02)
+    (tmp_path / "hold").write_text("1")
+    process, log = start(chain, LONGER, held=tmp_path / "hold"), chain / "stages" / "dit" / "log.txt"
+    deadline = time.monotonic() + 600
+    try:
+        while not ((chain / "stale").exists() and log.exists() and "a new run" in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, "the DiT's training did not start"
+            time.sleep(0.02)
+    except BaseException:
+        process.kill()
+        raise
     process.send_signal(signal.SIGINT)
     output = end(process, code=75)
     assert "SIGINT: saving, then stopping" in output and "The same command resumes it." in output

@@ -43,6 +43,7 @@ def curated(source, tmp_path_factory):
     run.request_stop()
     with pytest.raises(Interrupted, match="stopped with 0 of 2 groups done .probe.; run it again"):
         curate.run(config(source, group_size=8), run)
+    run = RunDirectory(run.path)  # what the next command makes; the object that was told to stop remembers it
     (run.path / "control/stop").unlink()
     before, homes = signal.getsignal(signal.SIGTERM), Path.home() / ".ray"
     existed = homes.exists()

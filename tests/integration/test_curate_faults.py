@@ -186,6 +186,13 @@ def test_a_killed_driver_and_a_second_one(source, node, tmp_path):
     script.write_text(
         "import json, sys\nfrom data_pipelines import curate\nfrom videofm.config import CurateConfig\n"
         "from videofm.run_dir import RunDirectory\n"
+        "import time\nfrom pathlib import Path\nfrom data_pipelines.live import LiveMetrics\n"
+        "group_done = LiveMetrics.group_done\n"
+        "def wait_to_be_killed(self, metrics):\n"
+        "    group_done(self, metrics)\n"
+        "    while list(Path(sys.argv[2]).glob('manifest/shard-*.json')):\n"
+        "        time.sleep(1)\n"
+        "LiveMetrics.group_done = wait_to_be_killed\n"
         "if __name__ == '__main__':\n"
         "    curate.run(CurateConfig.model_validate(json.loads(sys.argv[1])), RunDirectory(sys.argv[2]))\n"
     )
@@ -193,7 +200,7 @@ def test_a_killed_driver_and_a_second_one(source, node, tmp_path):
     command = [sys.executable, str(script), config(source).model_dump_json(), str(folder)]
     root = str(Path(curate.__file__).parent.parent)
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": root})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(folder.glob("manifest/shard-*.json")) and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     if driver.poll() is None:

@@ -31,7 +31,7 @@ def work(tmp_path_factory) -> Path:
 
 def videofm(*arguments: str) -> str:
     command = [sys.executable, "-m", "videofm", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1800)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     return result.stdout
 

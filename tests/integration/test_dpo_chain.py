@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.test_arlon import LAST, LIGHT, end, rows, same_config, start
-from tests.integration.test_train import workers_of
+from tests.integration.test_arlon import LAST, LIGHT, end, kill_once_saved, rows, same_config, start
 from tools.scripted_annotator import by_score, cast_votes, serving
 from videofm.data.preferences import read_preferences
 from videofm.run_dir import RunDirectory, read_json
@@ -68,16 +66,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(chain: Path, tmp_path:
     of the chain's own training, to the last bit."""
     run = tmp_path / "run"
     command = ["train", same_config(chain / stage, tmp_path), "--run-dir", str(run)]
-    process, deadline = start(*command), time.monotonic() + 240
-    while not (run / "checkpoints/step_00000002/COMMITTED.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the step was not reached"
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    while workers_of(run):
-        assert time.monotonic() < deadline, "a rank outlived its launcher"
-        time.sleep(0.01)
-    assert not (run / LAST).exists(), "the kill came too late"
+    kill_once_saved(run, 2, command, tmp_path / "hold")
     assert "resuming from step_" in end(start(*command))
     assert rows(run) == rows(chain / stage)
     files = sorted((chain / stage / LAST).rglob("*.safetensors"))

@@ -1,6 +1,6 @@
 """Training as a user runs it: processes, kills, stops and resumes, on one rank, on two and on four.
 
-Runs that somebody disturbs have one rank each, and are made two at a time.
+Runs that somebody disturbs have one rank each, and are made two at a time. Their ranks wait for it at a step (`tests/hold.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch import local
+from tests import hold
 from tests.demo_shards import write_demo_shards
 from tests.helpers import ForkedPython
 from videofm import cli, models, sampling
@@ -54,10 +55,19 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, config: dict, *overrides: str, max_steps: int) -> subprocess.Popen:
-    """Start `videofm train` for a config, into the run directory `name`."""
+def train(
+    folder: Path, name: str, config: dict, *overrides: str, max_steps: int, held: int | None = None
+) -> subprocess.Popen[str]:
+    """Start `videofm train` for a config, into the run directory `name`. Where `held` is given, its ranks make so many steps,
+    and then wait until somebody kills them or asks them to stop."""
+    environment = None
+    if held is not None:
+        file = folder / f"{name}.hold"
+        file.write_text(str(held))
+        environment = {**os.environ, **hold.environment(file)}
     command = [sys.executable, "-m", "videofm", *train_arguments(folder, name, config, *overrides, max_steps=max_steps)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=environment)
 
 
 def train_arguments(folder: Path, name: str, config: dict, *overrides: str, max_steps: int) -> list[str]:
@@ -71,8 +81,11 @@ def train_arguments(folder: Path, name: str, config: dict, *overrides: str, max_
     return ["train", str(path), "--run-dir", str(folder / name), *overrides]
 
 
-def finished(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=180)
+def finished(process: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        output, _ = process.communicate(timeout=1800)
+    finally:
+        process.kill()
     assert process.returncode == code, output
     assert "Traceback" not in output
     return output
@@ -82,11 +95,16 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or not rows(run) or rows(run)[-1]["step"] < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.02)
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Until `process` has done `step` steps in `run`; it dies where it does not come so far."""
+    deadline = time.monotonic() + 600
+    try:
+        while not (run / "metrics.jsonl").exists() or not rows(run) or rows(run)[-1]["step"] < step:
+            assert time.monotonic() < deadline and process.poll() is None, f"step {step} was not reached"
+            time.sleep(0.02)
+    except BaseException:
+        process.kill()
+        raise
 
 
 def workers_of(run: Path) -> list[int]:
@@ -122,11 +140,11 @@ def assert_same_end(run: Path, straight: Path) -> None:
 def kill_and_resume(step: int, work: Path) -> Path:
     """SIGKILL the verb once it has done `step` steps; its rank dies with it. Then the same command again."""
     run = work / f"killed_{step}"
-    process = train(work, run.name, DIT, max_steps=20)
-    wait_for_step(run, step)
+    process = train(work, run.name, DIT, max_steps=20, held=step)
+    wait_for_step(process, run, step)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while workers_of(run):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
         time.sleep(0.05)
@@ -137,8 +155,8 @@ def kill_and_resume(step: int, work: Path) -> Path:
 
 def kill_the_rank(work: Path) -> Path:
     run = work / "killed_rank"
-    process = train(work, run.name, DIT, max_steps=20)
-    wait_for_step(run, 7)
+    process = train(work, run.name, DIT, "faults.max_restarts=0", max_steps=20, held=7)
+    wait_for_step(process, run, 7)
     for worker in workers_of(run):
         os.kill(worker, signal.SIGKILL)
     assert "rank 0 was killed by SIGKILL; run the same command again" in finished(process, code=1)
@@ -148,8 +166,8 @@ def kill_the_rank(work: Path) -> Path:
 
 def stop_and_go_on(work: Path) -> Path:
     run = work / "stopped"
-    process = train(work, run.name, DIT, max_steps=20)
-    wait_for_step(run, 4)
+    process = train(work, run.name, DIT, max_steps=20, held=4)
+    wait_for_step(process, run, 4)
     process.send_signal(signal.SIGTERM)
     assert "stopped on request after step" in finished(process, code=75)
     stopped_at = rows(run)[-1]["step"]
@@ -161,8 +179,8 @@ def stop_and_go_on(work: Path) -> Path:
 def damage_and_resume(work: Path) -> Path:
     """Damage the last checkpoint of a run that is asked to go on: it resumes from the one before."""
     run = work / "damaged"
-    process = train(work, run.name, DIT, max_steps=20)
-    wait_for_step(run, 10)
+    process = train(work, run.name, DIT, max_steps=20, held=10)
+    wait_for_step(process, run, 10)
     process.kill()
     process.communicate()
     folders = sorted((run / "checkpoints").glob("step_*"))
@@ -256,12 +274,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(work, straight):
     """Killed on one rank, resumed on two under another ZeRO stage, stopped, and resumed on four that split samples and weights:
     the same order of samples, and losses to 1e-4."""
     run = work / "more_ranks"
-    process = train(work, run.name, DIT, max_steps=20)
-    wait_for_step(run, 8)
+    process = train(work, run.name, DIT, max_steps=20, held=8)
+    wait_for_step(process, run, 8)
     process.kill()
     process.communicate()
-    process = train(work, run.name, DIT, "parallel.data_degree=2", "parallel.zero_stage=3", max_steps=20)
-    wait_for_step(run, 13)
+    # Ten steps, from step 6 or, where that was not saved any more, from step 3: past 13 and not to the end.
+    process = train(work, run.name, DIT, "parallel.data_degree=2", "parallel.zero_stage=3", max_steps=20, held=10)
+    wait_for_step(process, run, 13)
     process.kill()
     process.communicate()
     finished(train(work, run.name, DIT, "parallel.context_degree=2", "parallel.tensor_degree=2", max_steps=20))

@@ -12,7 +12,23 @@ LAYER_2 = ("parallel",)
 LAYER_3 = ("models",)
 LAYER_4 = ("objectives", "sampling", "data", "evaluation", "reward", "checkpoint", "export")
 LAYER_5 = ("train", "report", "annotate")
-LAYER_7 = ("recipe", "lineage", "stages", "doctor", "cli", "cli_annotate", "cli_data", "cli_dpo", "cli_verb", "__main__")
+LAYER_7 = (
+    "recipe",
+    "lineage",
+    "stages",
+    "doctor",
+    "doctor_machine",
+    "doctor_ranks",
+    "cli",
+    "cli_annotate",
+    "cli_checkpoint",
+    "cli_data",
+    "cli_dpo",
+    "cli_launch",
+    "cli_stage",
+    "cli_verb",
+    "__main__",
+)
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYER_0, LAYER_0),
@@ -52,8 +68,11 @@ FUNCTION_IMPORTS = (
     "videofm/registry.py",
     "videofm/cli.py",
     "videofm/cli_annotate.py",
+    "videofm/cli_checkpoint.py",
     "videofm/cli_data.py",
     "videofm/cli_dpo.py",
+    "videofm/cli_launch.py",
+    "videofm/cli_stage.py",
 )
 
 OPTIONAL_WRAPPERS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from videofm.cli import VERBS, _stage_config, main, overview
+from videofm.cli import VERBS, main, overview
+from videofm.cli_stage import stage_config
 from videofm.config import CurateConfig, TrainConfig
 from videofm.errors import ConfigError
 from videofm.run_dir import RunDirectory
@@ -36,13 +38,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_videofm(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`videofm ARGUMENTS` in a process of its own."""
-    code = "import sys; from videofm.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-P", "-m", "videofm", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=_environment())
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.mark.parametrize(("options", "code"), [(["-P"], 1), ([], 7)])
+def test_processes_that_a_verb_starts_look_for_modules_where_it_does(options: list[str], code: int, tmp_path: Path) -> None:
+    """A file of the user's that has the name of a library is not taken for it, unless the command itself looks there."""
+    (tmp_path / "name_of_a_library.py").write_text("raise SystemExit(7)")
+    told = "import subprocess, sys; from videofm.__main__ import command; command(); "
+    told += "sys.exit(subprocess.call([sys.executable, '-m', 'name_of_a_library']))"
+    environment = {name: value for name, value in _environment().items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, *options, "-c", told, "--version"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == code
 
 
 @pytest.mark.parametrize(
@@ -148,11 +160,11 @@ def test_a_training_run_tells_the_sampler_its_sizes(folder: Path, capsys: pytest
     }
     RunDirectory.create("dit", TrainConfig.model_validate(train))
     arguments = Namespace(verb="sample", config="dit", overrides=["prompts=[a cat]", "num_frames=9"])
-    config, path = _stage_config(arguments)
+    config, path = stage_config(arguments)
     assert (config.run, config.num_frames, config.height, config.width, config.fps) == ("dit", 9, 32, 48, 12.0)
     assert path == Path("runs/dit-sample")
     with pytest.raises(ConfigError, match="give either `prompts`"):
-        _stage_config(Namespace(verb="sample", config="dit", overrides=[]))
+        stage_config(Namespace(verb="sample", config="dit", overrides=[]))
 
 
 def test_short_options_of_sample_are_overrides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +175,7 @@ def test_short_options_of_sample_are_overrides(folder: Path, monkeypatch: pytest
         seen.append(arguments.overrides)
         return 0
 
-    monkeypatch.setattr("videofm.cli._stage", record)
+    monkeypatch.setattr("videofm.cli_stage.run_stage", record)
     short = ["--prompt", "a: 'cat'", "--prompt", "b", "--image", "1.png", "--image", "2.png", "--frames", "9", "--seed", "3"]
     assert main(["sample", "dit", "fps=12", "--fit", "crop", "num_frames=5", *short]) == 0
     assert main(["sample", "recipe.yaml", "--stage", "sample", "--prompts-file", "p.txt", "--guidance", "1.5"]) == 0
@@ -174,7 +186,7 @@ def test_short_options_of_sample_are_overrides(folder: Path, monkeypatch: pytest
     ]
     (folder / "dit").mkdir()
     size = ["height=32", "width=32"]
-    config, _ = _stage_config(Namespace(verb="sample", config="dit", overrides=[*seen[0], *size]))
+    config, _ = stage_config(Namespace(verb="sample", config="dit", overrides=[*seen[0], *size]))
     assert (config.prompts, config.images, config.image) == (["a: 'cat'", "b"], ["1.png", "2.png"], None)
     assert (config.num_frames, config.fps, config.seed, config.fit) == (9, 12, 3, "crop")
 
@@ -184,7 +196,7 @@ def test_a_storyboard_on_a_run_is_made_in_windows_of_its_clips(
 ) -> None:
     """Where neither the command nor the length says otherwise; `--prompts` and `--guide` set the file and the run."""
     seen: list[list[str]] = []
-    monkeypatch.setattr("videofm.cli._stage", lambda arguments: seen.append(arguments.overrides) or 0)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("videofm.cli_stage.run_stage", lambda arguments: seen.append(arguments.overrides) or 0)  # type: ignore[func-returns-value]
     data = {"manifest": "none", "num_frames": 9, "height": 32, "width": 48, "frame_strides": [2]}
     (folder / "dit").mkdir()
     (folder / "dit" / "config.yaml").write_text(json.dumps({"kind": "train", "data": data}))
@@ -197,7 +209,7 @@ def test_a_storyboard_on_a_run_is_made_in_windows_of_its_clips(
     assert "made in windows of 9 frames, as the clips of the training, that share 1" in capsys.readouterr().err
     window = 'window={"num_frames": 9, "overlap_frames": 1}'
     assert [window in overrides for overrides in seen] == [True, False, False, False, True, False, False, False]
-    config, _ = _stage_config(Namespace(verb="sample", config="dit", overrides=seen[0]))
+    config, _ = stage_config(Namespace(verb="sample", config="dit", overrides=seen[0]))
     assert (config.prompts_file, config.guide.run, config.num_frames) == ("board.yaml", "ar", 65)
     assert (config.window.num_frames, config.window.overlap_frames) == (9, 1)
 
@@ -211,7 +223,7 @@ def test_a_misspelt_option_is_told_with_the_nearest(capsys: pytest.CaptureFixtur
 
 def test_an_export_lies_in_the_run_by_default(folder: Path) -> None:
     (folder / "dit").mkdir()
-    config, _ = _stage_config(Namespace(verb="export", config="dit", overrides=[]))
+    config, _ = stage_config(Namespace(verb="export", config="dit", overrides=[]))
     assert (config.run, config.output) == ("dit", "dit/export")
 
 
@@ -222,6 +234,52 @@ def test_configs_that_are_named_exist() -> None:
     named = {name for text in texts for name in re.findall(r"configs/[\w/]+\.yaml", text)}
     assert len(named) >= 3
     assert [name for name in sorted(named) if not (root / name).is_file()] == []
+
+
+@pytest.mark.parametrize("verb", ["encode", "train", "sample"])
+def test_examples_of_a_help_do_not_share_a_run_directory(verb: str) -> None:
+    """A directory is of one config, so a second example of another config would be refused."""
+    examples = VERBS[verb].about.partition("examples:\n")[2].partition("\n\n")[0].replace(" \\\n", " ")
+    taken: dict[Path, tuple[str, ...]] = {}
+    for _, name, config, *rest in map(shlex.split, examples.splitlines()):
+        if "--stage" in rest or "--dry-run" in rest:
+            continue
+        default = Path("runs") / (Path(config).stem if config.endswith(".yaml") else f"{Path(config).name}-{name}")
+        place = Path(rest[rest.index("--run-dir") + 1]) if "--run-dir" in rest else default
+        decisive = (config, *(word for word in rest if not word.startswith("engine.")))  # engines do not decide what comes out
+        assert taken.setdefault(place, decisive) == decisive, f"{place} is of two configs"
+    assert taken
+
+
+@pytest.mark.parametrize("verb", ["sample", "train"])
+def test_help_says_where_runs_go(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "run directory, one a config; default runs/CONFIG (without .yaml), or runs/NAME-VERB of a run directory" in shown
+
+
+@pytest.mark.parametrize(
+    ("config", "made_by"),
+    [
+        ("configs/dpo/ltx_2b_lora.yaml", "configs/dpo"),
+        ("configs/dpo/reward_ltx_2b.yaml", "configs/dpo"),
+        ("configs/dpo/latents_ltx_2b.yaml", "configs/dpo"),
+        ("configs/arlon/ar.yaml", "configs/arlon"),
+        ("configs/arlon/sample.yaml", "configs/arlon"),
+    ],
+)
+def test_what_a_recipe_of_real_size_reads_is_made_by_a_command_beside_it(config: str, made_by: str) -> None:
+    root = Path(__file__).parents[2]
+    files = list((root / made_by).glob("*.yaml"))
+    texts = [file.read_text() for file in files if file.name not in ("quickstart.yaml", "ablation.yaml")]
+    made = {place for text in texts for place in re.findall(r"^#.*--(?:run-dir|export) (runs/\w+)", text, flags=re.MULTILINE)}
+    named = {f"runs/{file.stem}" for file in files}  # without --run-dir
+    clashing = {f"runs/{file.stem}" for file in (root / "configs").glob("*/*.yaml") if file not in files}
+    values = "\n".join(line for line in (root / config).read_text().splitlines() if not line.startswith("#"))
+    read = set(re.findall(r"runs/\w+", values))
+    assert read
+    assert read <= made | (named - clashing), f"{config} reads {read - made - named}, or what another folder's config makes too"
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

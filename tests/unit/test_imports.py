@@ -21,7 +21,7 @@ def test_module_imports(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "table", ["MODELS", "OBJECTIVES", "ATTENTION_BACKENDS", "DECODERS", "CURATION_STAGES", "STAGES", "REWARDS"]
+    "table", ["MODELS", "OBJECTIVES", "ATTENTION_BACKENDS", "DECODERS", "CURATION_STAGES", "STAGES", "LAUNCHERS", "REWARDS"]
 )
 def test_every_registered_name_resolves(table: str) -> None:
     for target in getattr(registry, table).values():

@@ -146,7 +146,7 @@ def test_a_fault_leaves_its_traceback_in_the_attempt(tmp_path: Path) -> None:
     assert "fake_stage" in (attempt / "traceback.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_asks_the_running_stage_to_stop(tmp_path: Path, number: int) -> None:
     def hear(run: RunDirectory) -> None:
         os.kill(os.getpid(), number)

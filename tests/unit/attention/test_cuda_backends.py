@@ -232,7 +232,9 @@ def test_flash_names_its_limits(install):
 def test_a_backend_that_is_not_installed_says_how_to_get_it(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     calls = r"3 heads of width 8, torch\.float32, on cpu, with no mask"
-    with pytest.raises(ConfigError, match=rf"{calls}\. {name}: the package is not installed \(pip install videofm\[gpu\]\)"):
+    with pytest.raises(
+        ConfigError, match=rf"{calls}\. {name}: the package is not installed \(pip install -c constraints\.txt -e '\.\[gpu\]'\)"
+    ):
         choose(name, SPEC)
 
 

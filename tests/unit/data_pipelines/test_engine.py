@@ -147,6 +147,16 @@ def test_a_task_that_fits_on_no_node_is_refused(monkeypatch):
         engine._task_memory(EngineConfig(task_memory_mib=1025))
 
 
+@pytest.mark.parametrize(
+    ("has", "num_gpus", "warns"), [({"GPU": 8.0}, 0.0, True), ({"GPU": 8.0}, 0.5, False), ({}, 0.0, False)]
+)
+def test_gpus_that_actors_leave_idle_are_told(has, num_gpus, warns, monkeypatch, caplog):
+    monkeypatch.setattr(engine.ray, "cluster_resources", lambda: {"CPU": 2.0, **has})
+    monkeypatch.setattr(engine.LOG, "propagate", True)
+    engine.check_actors("engine", 1, 1, num_gpus)
+    assert ("engine: num_gpus is 0, so actors compute on CPUs, and the 8 GPUs" in caplog.text) == warns
+
+
 def test_a_pool_that_the_cluster_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(actors.ray, "cluster_resources", lambda: {"CPU": 2.0})
     section = {"num_actors": 3, "num_cpus": 1.0, "num_gpus": 0.0}

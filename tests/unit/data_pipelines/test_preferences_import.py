@@ -159,6 +159,12 @@ def test_a_video_that_kills_its_decoder_costs_its_own_pairs(
     assert results["problems"] == {"video: timeout": 1} and results["counts"]["pairs"] == 1 and len(tries) == 2
     (row,) = read_jsonl(folder.path / "bad.jsonl")
     assert row["where"] == "pairs.jsonl:2" and "failed 2 times; no answer within 1 s" in row["detail"]
+    with pytest.raises(DataError, match="1 bad records"):
+        imported(tmp_path / "in", tmp_path / "stopped", "jsonl")
+    monkeypatch.setattr(Direct, "run", run_one)  # another limit, or a machine with less to do: the same run goes on
+    _, results = imported(tmp_path / "in", tmp_path / "stopped", "jsonl")
+    assert results["counts"]["pairs"] == 2
+    monkeypatch.setattr(Direct, "run", failing)
     kind = "fatal"
     with pytest.raises(DataError, match=r"3\.mp4 cannot go on: no answer within 1 s"):
         imported(tmp_path / "in", tmp_path / "other", "jsonl", on_bad="skip")

@@ -33,7 +33,7 @@ def job(folder: Path, rows: list[Row], **changes: Any) -> Job:
     sources.parent.mkdir(parents=True, exist_ok=True)
     sources.write_text("".join(json.dumps(row.to_json()) + "\n" for row in sorted(rows, key=lambda row: row.source_id)))
     fields = set(Job.__dataclass_fields__)
-    limits = {"task_memory_mib": 512, "task_timeout": 2.0} | {k: v for k, v in changes.items() if k not in fields}
+    limits = {"task_memory_mib": 512, "task_timeout": 120.0} | {k: v for k, v in changes.items() if k not in fields}
     facts: dict[str, Any] = {
         "folder": str(folder / "out"), "group": "00000", "step": 0, "stages": STAGES, "names": ["scores", "transcode"],
         "config_hash": "c", "inputs_hash": "i", "pack": True, "limits": limits,
