@@ -18,14 +18,16 @@ OVERRIDES = """overrides:
   current directory; only `extends: base.yaml` starts at the file that says it."""
 
 STOPPING = """stopping:
-  Ctrl-C or SIGTERM (or touching RUN/control/stop) saves and stops at the next safe point, a second one stops at once."""
+  Ctrl-C, SIGTERM or SIGUSR1 (or touching RUN/control/stop) saves and stops at the next safe point. A second Ctrl-C stops at
+  once; so does another signal 5 seconds after the first, since schedulers send theirs twice within a moment."""
 
 
 @dataclass(frozen=True)
 class Verb:
     """A verb: one line for the overview, its own help, how its arguments are declared, what it does.
 
-    A verb with `parts` (`videofm data stats`) hands over to the one that is named.
+    A verb with `parts` (`videofm data stats`) hands over to the one that is named. One that stands `alone` too takes any other
+    word as its own argument.
     """
 
     summary: str
@@ -34,6 +36,7 @@ class Verb:
     action: Callable[[argparse.Namespace], int]
     schema: str | None = None
     parts: Mapping[str, Verb] = field(default_factory=dict)
+    alone: bool = False
 
 
 def spoken(kind: str) -> str:

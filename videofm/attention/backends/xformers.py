@@ -28,7 +28,7 @@ class XformersBackend:
     def supports(self, spec: AttentionSpec) -> str | None:
         """The kernel's limits, in words."""
         if importlib.util.find_spec("xformers") is None:
-            return "the package is not installed (pip install videofm[gpu])."
+            return "the package is not installed (pip install -c constraints.txt -e '.[gpu]')."
         if spec.device_type != "cuda":
             return f"it runs on cuda only, not on {spec.device_type} (use sdpa)."
         if spec.dtype == torch.float64:
